@@ -1,0 +1,401 @@
+"""Train the miniature Stable Diffusion from nothing: `python mini/train.py`.
+
+Stage by stage, each resumable at any point and skipped once done:
+
+    pictures   postcards in all styles are drawn and kept
+    vae        the autoencoder, f = 8, 4 latent channels
+    clip       a text and an image tower, contrastively, through open_clip; the text tower is frozen
+    judge      the classifier that measures whether a picture follows its caption
+    unet       ε-prediction in the latents, 10 % empty captions
+    styles     three fine-tuned bases, one a style: the UNet alone trains on
+    check      the numbers that say whether the miniature is good enough
+
+Then one file in the official single-file layout is packed, fp16, with the configurations in its
+metadata. Every update draws from a generator of its own (seed, stage, update), so a resumed run
+continues exactly. Shapes as in unet.py, vae.py and clip_text.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import platform
+import random
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from clip_text import TextConfig, TextEncoder, Tokenizer  # noqa: E402
+from mini import postcards  # noqa: E402
+from mini.judge import Judge  # noqa: E402
+from ppdd import load_optimizer, optimizer_tensors, save_tensors  # noqa: E402
+from unet import UNet, UNetConfig  # noqa: E402
+from vae import VAE, VAEConfig  # noqa: E402
+
+VAE_CONFIG = VAEConfig(ch=16, ch_mult=(1, 2, 4, 6), num_res_blocks=1, norm_groups=8)
+TEXT_CONFIG = TextConfig(width=64, layers=3, heads=4)
+UNET_CONFIG = UNetConfig(model_channels=64, channel_mult=(1, 2), num_res_blocks=1,
+                         attention=(True, True), num_heads=4, context_dim=64, norm_groups=16)
+CLIP_CONFIG = {
+    "embed_dim": 128, "quick_gelu": True,
+    "vision_cfg": {"image_size": postcards.SIZE, "patch_size": 8, "width": 96, "layers": 3,
+                   "head_width": 32},
+    "text_cfg": {"context_length": TEXT_CONFIG.positions, "vocab_size": TEXT_CONFIG.vocab_size,
+                 "width": TEXT_CONFIG.width, "heads": TEXT_CONFIG.heads,
+                 "layers": TEXT_CONFIG.layers},
+}
+
+
+@dataclass(frozen=True)
+class Config:
+    """Settings of a run; the defaults made the bundled miniature."""
+
+    out: str = "mini"                   # where the finished weights go
+    work: str = "runs/mini"             # checkpoints and caches
+    stages: str = "pictures,vae,clip,judge,unet,styles,check"
+    device: str = "cuda" if torch.cuda.is_available() else "cpu"
+    compile: bool = False               # torch.compile: 1.3 × on a CPU, needs a C++ compiler
+    bf16: bool = True                   # autocast
+    seed: int = 0
+    pictures: int = 32_000              # postcards; each style has an eighth of that
+    captions: int = 60_000
+    vae_updates: int = 11_000
+    vae_batch: int = 16
+    clip_updates: int = 2_500
+    clip_batch: int = 192
+    judge_updates: int = 1_500
+    judge_batch: int = 64
+    unet_updates: int = 20_000
+    unet_batch: int = 64
+    style_updates: int = 800
+    lies: float = .3                    # share of captions that describe another picture
+    save_every: int = 60                # seconds between checkpoints
+
+
+# ------------------------------------------------------------------ one training loop for all stages
+
+def fit(config: Config, name: str, module: nn.Module, loss: Callable[[torch.Generator], Tensor],
+        updates: int, lr: float, warmup: int = 200, final: float = .02) -> nn.Module:
+    """AdamW with warmup and cosine decay; the module ends with the average (EMA) of its weights.
+
+    loss(generator) is one batch's loss. A checkpoint lies in `work/NAME.safetensors`.
+    """
+    path = Path(config.work) / f"{name}.safetensors"
+    params = dict(module.named_parameters())
+    average = {k: p.detach().clone() for k, p in params.items()}
+    optimizer = torch.optim.AdamW(params.values(), lr=lr, betas=(.9, .99), weight_decay=.01)
+    done, seconds, recent, curve = 0, 0., [], {}
+    if path.exists():
+        tensors = load_file(path, config.device)
+        module.load_state_dict({k[7:]: v for k, v in tensors.items() if k.startswith("module.")})
+        average = {k[8:]: v for k, v in tensors.items() if k.startswith("average.")}
+        load_optimizer(optimizer, tensors)
+        log = json.loads((Path(config.work) / f"{name}.json").read_text())
+        done, seconds, curve = log["updates"], log["seconds"], log["curve"]
+
+    def save() -> None:
+        save_tensors(path, {f"module.{k}": v for k, v in module.state_dict().items()}
+                     | {f"average.{k}": v for k, v in average.items()} | optimizer_tensors(optimizer))
+        write_json(Path(config.work) / f"{name}.json",
+                   {"updates": done, "seconds": round(seconds, 1), "curve": curve,
+                    "hardware": hardware(config.device)})
+
+    stage = sum(map(ord, name))
+    start, saved = time.time() - seconds, time.time()
+    with tqdm(total=updates, initial=done, desc=name, mininterval=5) as bar:
+        while done < updates:
+            for group in optimizer.param_groups:
+                decay = final + (1 - final) * .5 * (1 + math.cos(math.pi * done / updates))
+                group["lr"] = lr * min(1, (done + 1) / warmup) * decay
+            seed = config.seed * 10**9 + stage * 10**6 + done
+            generator = torch.Generator().manual_seed(seed)
+            torch.manual_seed(seed)
+            with torch.autocast(config.device, torch.bfloat16, enabled=config.bf16):
+                value = loss(generator)
+            optimizer.zero_grad(set_to_none=True)
+            value.backward()
+            nn.utils.clip_grad_norm_(params.values(), 1.)
+            optimizer.step()
+            done += 1
+            keep = min(.9995, (1 + done) / (10 + done))
+            torch._foreach_lerp_(list(average.values()), [p.detach() for p in params.values()], 1 - keep)
+            recent.append(value.detach())
+            bar.update()
+            if done % 100 == 0 or done == updates:
+                mean, recent, seconds = torch.stack(recent).mean().item(), [], time.time() - start
+                if not math.isfinite(mean):
+                    raise SystemExit(f"{name}: the loss is not finite at update {done}; lower the rate")
+                bar.set_postfix(loss=f"{mean:.4f}")
+                if done % 500 == 0 or done == updates:
+                    curve[str(done)] = round(mean, 5)
+                if time.time() - saved > config.save_every or done == updates:
+                    save()
+                    saved = time.time()
+    module.load_state_dict(average, strict=False)
+    return module.eval().requires_grad_(False)
+
+
+def write_json(path: Path, value: dict) -> None:
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(value, indent=1) + "\n")
+    temporary.replace(path)
+
+
+def hardware(device: str) -> str:
+    if device.startswith("cuda"):
+        return torch.cuda.get_device_name()
+    return f"{torch.get_num_threads()} CPU threads, {platform.machine()}"
+
+
+def pick(n: int, total: int, generator: torch.Generator) -> Tensor:
+    return torch.randint(total, (n,), generator=generator)
+
+
+# ------------------------------------------------------------------ stages
+
+def pictures(config: Config) -> dict[str, Tensor]:
+    """{style}.attributes (N, 6) and {style}.images (N, 3, 64, 64) uint8, drawn once."""
+    path = Path(config.work) / "pictures.safetensors"
+    if not path.exists():
+        tensors = {}
+        for i, style in enumerate(postcards.STYLES):
+            generator = torch.Generator().manual_seed(config.seed + i)
+            total = config.pictures if i == 0 else config.pictures // 8
+            a = postcards.sample_attributes(total, generator)
+            images = [(postcards.draw(part, style, generator) * 255).round().byte()
+                      for part in tqdm(a.split(500), desc=f"pictures, {style}")]
+            tensors |= {f"{style}.attributes": a, f"{style}.images": torch.cat(images)}
+        save_tensors(path, tensors)
+    return {k: v.to(config.device) for k, v in load_file(path).items()}
+
+
+def train_vae(config: Config, data: dict[str, Tensor]) -> VAE:
+    """Absolute error of the pixels, of their differences (edges) and of halved pictures, a little KL."""
+    plain = data["postcard.images"]
+    styled = torch.cat([data[f"{s}.images"] for s in postcards.STYLES[1:]])
+    vae = VAE(VAE_CONFIG).to(config.device, memory_format=torch.channels_last)
+    share = config.vae_batch // 4
+
+    def forward(x: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+        moments = vae.encode(x).float()
+        z = vae.sample(moments, noise)
+        return vae.decode(z).float(), moments
+
+    step = torch.compile(forward) if config.compile else forward
+
+    def loss(generator: torch.Generator) -> Tensor:
+        x = torch.cat([plain[pick(config.vae_batch - share, len(plain), generator)],
+                       styled[pick(share, len(styled), generator)]])
+        x = (x.float() / 127.5 - 1).contiguous(memory_format=torch.channels_last)
+        noise = torch.randn(len(x), 4, 8, 8, generator=generator).to(x.device)
+        y, moments = step(x, noise)
+        mean, logvar = moments.chunk(2, 1)
+        kl = .5 * (mean ** 2 + logvar.exp() - 1 - logvar).mean()
+        error = y - x
+        edges = error.diff(dim=2).abs().mean() + error.diff(dim=3).abs().mean()
+        return (error.abs().mean() + edges + F.avg_pool2d(error, 4).abs().mean() + 3e-4 * kl)
+
+    return fit(config, "vae", vae, loss, config.vae_updates, lr=1.5e-3)
+
+
+def build_clip(config: Config) -> nn.Module:
+    import open_clip  # only here: it brings torchvision
+
+    kwargs = {k: v for k, v in CLIP_CONFIG.items()}
+    return open_clip.CLIP(**kwargs).to(config.device)
+
+
+def train_clip(config: Config, data: dict[str, Tensor]) -> nn.Module:
+    """Contrastive, captions without lies; context cut to the longest caption, for speed."""
+    attributes, images = data["postcard.attributes"].cpu(), data["postcard.images"]
+    clip, tokenizer = build_clip(config), Tokenizer()
+
+    def loss(generator: torch.Generator) -> Tensor:
+        rows = pick(config.clip_batch, len(images), generator)
+        rng = random.Random(int(rows[0]) + int(rows.sum()))
+        ids = open_clip_ids(tokenizer([postcards.caption(attributes[i], rng) for i in rows]))
+        x = images[rows].float() / 127.5 - 1
+        u, v, scale = clip(x, ids[:, :32].to(x.device))[:3]
+        scores = scale.clamp(max=100) * u.float() @ v.float().T
+        target = torch.arange(len(rows), device=x.device)
+        return (F.cross_entropy(scores, target) + F.cross_entropy(scores.T, target)) / 2
+
+    return fit(config, "clip", clip, loss, config.clip_updates, lr=1e-3)
+
+
+def open_clip_ids(ids: Tensor) -> Tensor:
+    """SD pads with the end token, open_clip with 0."""
+    end = ids.argmax(1, keepdim=True)
+    return torch.where(torch.arange(ids.shape[1]) > end, 0, ids)
+
+
+def text_encoder_from(clip: nn.Module) -> TextEncoder:
+    """open_clip's text tower under the names of Stable Diffusion's text encoder."""
+    names = (("transformer.resblocks.", "encoder.layers."), (".attn.", ".self_attn."),
+             (".ln_1.", ".layer_norm1."), (".ln_2.", ".layer_norm2."), (".c_fc.", ".fc1."),
+             (".c_proj.", ".fc2."), ("ln_final.", "final_layer_norm."),
+             ("token_embedding.", "embeddings.token_embedding."))
+    state = {}
+    for key, value in clip.state_dict().items():
+        if key == "positional_embedding":
+            state["embeddings.position_embedding.weight"] = value
+        elif key.startswith(("transformer.", "token_embedding.", "ln_final.")):
+            for old, new in names:
+                key = key.replace(old, new)
+            if "in_proj_" in key:
+                for part, piece in zip("qkv", value.chunk(3)):
+                    state[key.replace("in_proj_", f"{part}_proj.")] = piece.clone()
+            else:
+                state[key] = value
+    encoder = TextEncoder(TEXT_CONFIG)
+    encoder.load_state_dict(state)
+    return encoder.eval().requires_grad_(False)
+
+
+def train_judge(config: Config, data: dict[str, Tensor]) -> Judge:
+    attributes, images = data["postcard.attributes"], data["postcard.images"]
+    judge = Judge().to(config.device)
+
+    def loss(generator: torch.Generator) -> Tensor:
+        rows = pick(config.judge_batch, len(images), generator)
+        x = images[rows].float() / 255
+        blurred = F.avg_pool2d(F.pad(x, (1, 1, 1, 1), mode="replicate"), 3, 1)
+        k = torch.rand(len(x), 1, 1, 1, generator=generator).to(x.device)
+        x = x + k * (blurred - x)
+        x = x + .05 * k * torch.randn(x.shape, generator=generator).to(x.device)
+        return judge.loss(x, attributes[rows])
+
+    return fit(config, "judge", judge, loss, config.judge_updates, lr=2e-3)
+
+
+@torch.no_grad()
+def latents(config: Config, vae: VAE, images: Tensor, name: str) -> Tensor:
+    """Moments (N, 8, 8, 8) of pictures, cached."""
+    path = Path(config.work) / f"moments-{name}.safetensors"
+    if not path.exists():
+        parts = [vae.encode((x.float() / 127.5 - 1).contiguous(memory_format=torch.channels_last))
+                 for x in tqdm(images.split(200), desc=f"moments, {name}")]
+        save_tensors(path, {"moments": torch.cat(parts)})
+    return load_file(path, config.device)["moments"]
+
+
+class Captions:
+    """Captions with their text states, by what they say: pool[k] describes combination k."""
+
+    def __init__(self, config: Config, encoder: TextEncoder):
+        self.radix = torch.tensor([len(v) for v in postcards.ATTRIBUTES.values()])
+        rng, generator = random.Random(config.seed), torch.Generator().manual_seed(config.seed)
+        total = int(self.radix.prod())
+        self.each = math.ceil(config.captions / total)
+        texts = [postcards.caption(self.split(k), rng) for k in range(total) for _ in range(self.each)]
+        path, tokenizer = Path(config.work) / "captions.safetensors", Tokenizer()
+        if not path.exists():
+            encoder = encoder.to(config.device)
+            with torch.no_grad():
+                parts = [encoder(tokenizer(texts[i:i + 500]).to(config.device)).half().cpu()
+                         for i in tqdm(range(0, len(texts), 500), desc="captions")]
+            save_tensors(path, {"states": torch.cat(parts)})
+        self.states = load_file(path, config.device)["states"]                 # (K · each, 77, D)
+        self.empty = encoder.to(config.device)(tokenizer("").to(config.device))
+
+    def split(self, k: int) -> Tensor:
+        values = []
+        for n in self.radix.flip(0).tolist():
+            k, value = divmod(k, n)
+            values.append(value)
+        return torch.tensor(values[::-1])
+
+    def index(self, attributes: Tensor) -> Tensor:
+        k = torch.zeros(len(attributes), dtype=torch.long)
+        for column, n in zip(attributes.T, self.radix.tolist()):
+            k = k * n + column
+        return k
+
+    def draw(self, attributes: Tensor, lies: float, generator: torch.Generator) -> Tensor:
+        """States (B, 77, D) of captions; a share of them lies, a tenth is empty."""
+        n = len(attributes)
+        rows = self.index(attributes) * self.each + pick(n, self.each, generator)
+        lie = torch.rand(n, generator=generator) < lies
+        rows = torch.where(lie, pick(n, len(self.states), generator), rows)
+        c = self.states[rows].float()
+        empty = (torch.rand(n, generator=generator) < .1).to(c.device)
+        return torch.where(empty[:, None, None], self.empty.float(), c)
+
+
+ALPHAS_BAR = (1 - torch.linspace(.00085 ** .5, .012 ** .5, 1000, dtype=torch.float64) ** 2).cumprod(0)
+
+
+def train_unet(config: Config, unet: UNet, name: str, moments: Tensor, attributes: Tensor,
+               captions: Captions, vae: VAE, updates: int, lr: float, warmup: int = 200) -> UNet:
+    """Eq. 1. Half of the timesteps are uniform, half lean to the noisy end, which decides colours."""
+    attributes = attributes.cpu()
+    alpha = ALPHAS_BAR.sqrt().float().to(config.device)
+    sigma = (1 - ALPHAS_BAR).sqrt().float().to(config.device)
+    step = torch.compile(unet) if config.compile else unet
+
+    def loss(generator: torch.Generator) -> Tensor:
+        n = config.unet_batch
+        rows = pick(n, len(moments), generator)
+        noise = torch.randn(2, n, 4, 8, 8, generator=generator).to(config.device)
+        x = vae.sample(moments[rows.to(moments.device)], noise[0])
+        u = torch.rand(2, n, generator=generator)
+        t = (1000 * torch.where(u[1] < .5, u[0], u[0].sqrt())).long().to(config.device)
+        c = captions.draw(attributes[rows], config.lies, generator)
+        a, s = alpha[t].view(-1, 1, 1, 1), sigma[t].view(-1, 1, 1, 1)
+        return F.mse_loss(step(a * x + s * noise[1], t, c).float(), noise[1])
+
+    unet.train().requires_grad_(True)
+    return fit(config, name, unet, loss, updates, lr, warmup)
+
+
+# ------------------------------------------------------------------ packing
+
+def with_prefix(module: nn.Module, prefix: str) -> dict[str, Tensor]:
+    return {prefix + k: v.half() for k, v in module.state_dict().items()}
+
+
+def pack(config: Config, file: str, unet: UNet, vae: VAE, encoder: TextEncoder) -> None:
+    """One single-file checkpoint in the official layout."""
+    metadata = {"unet_config": json.dumps(asdict(unet.config)),
+                "vae_config": json.dumps(asdict(vae.config)),
+                "text_config": json.dumps(asdict(encoder.config)), "title": "postcards"}
+    tensors = (with_prefix(unet, "model.diffusion_model.") | with_prefix(vae, "first_stage_model.")
+               | with_prefix(encoder, "cond_stage_model.transformer.text_model."))
+    save_tensors(Path(config.out) / file, tensors, metadata)
+
+
+def run(config: Config) -> None:
+    stages = config.stages.split(",")
+    Path(config.work).mkdir(parents=True, exist_ok=True)
+    data = pictures(config)
+    vae = train_vae(config, data) if "vae" in stages else None
+    if "clip" in stages:
+        clip = train_clip(config, data)
+    if "judge" in stages:
+        train_judge(config, data)
+
+
+def parse(argv: list[str] | None = None) -> Config:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    for field in fields(Config):
+        flag, default = "--" + field.name.replace("_", "-"), field.default
+        if isinstance(default, bool):
+            parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=default)
+        else:
+            parser.add_argument(flag, type=type(default), default=default)
+    return Config(**vars(parser.parse_args(argv)))
+
+
+if __name__ == "__main__":
+    run(parse())

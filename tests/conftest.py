@@ -1,0 +1,48 @@
+"""What the tests share: random weights that no zero hides, and the measure of agreement."""
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+
+def randomised(build, seed: int = 0) -> nn.Module:
+    """The module `build()` makes, every parameter random: none zero, activations of order one.
+
+    Fresh diffusion models have zeros and ones in places; two networks could agree on those and
+    differ in what they do with trained weights.
+    """
+    with torch.device("meta"):
+        module = build()
+    module = module.to_empty(device="cpu").eval().requires_grad_(False)
+    generator = torch.Generator().manual_seed(seed)
+    for name, p in module.named_parameters():
+        if p.ndim > 1:
+            p.normal_(0, p[0].numel() ** -0.5, generator=generator)
+        else:
+            p.normal_(0, 0.1, generator=generator)
+            p.add_(1.0 if name.endswith("weight") else 0.0)
+    return module
+
+
+def noise(*shape: int, seed: int = 1) -> Tensor:
+    """Standard normal numbers, the same at every call."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def disagreement(ours: Tensor, theirs: Tensor) -> float:
+    """The largest difference, as a fraction of the largest value of `theirs`."""
+    assert ours.shape == theirs.shape and theirs.isfinite().all()
+    return ((ours.float() - theirs.float()).abs().max() / theirs.float().abs().max()).item()
+
+
+def write_single_file(
+    path: Path, module: nn.Module, prefix: str, dtype=torch.float32, metadata=None, **others: Tensor
+) -> Path:
+    """Saves `module` as one part of an official single file, among the parts of other models."""
+    tensors = {prefix + name: p.to(dtype).contiguous() for name, p in module.state_dict().items()}
+    metadata = {key: json.dumps(value) for key, value in (metadata or {}).items()}
+    save_file(tensors | others, path, metadata)
+    return path

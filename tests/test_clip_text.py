@@ -1,0 +1,382 @@
+"""clip_text.py against transformers: the same ids for any text, the same states for any weights."""
+
+import gzip
+import json
+import random
+import subprocess
+import sys
+import unicodedata
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import clip_text
+from clip_text import END, START, TextConfig, TextEncoder, Tokenizer, embed, load_text_encoder
+from unet import CheckpointError
+
+SMALL = TextConfig(vocab_size=1000, positions=77, width=64, layers=3, heads=4)
+
+TEXTS = [
+    # Ordinary prompts
+    "a photo of a cat",
+    "A photograph of an astronaut riding a horse",
+    "Portrait of a Woman, oil on canvas, by REMBRANDT, 4K, trending on ArtStation",
+    "((masterpiece)), [best quality], {detailed:1.3}, (hands:-1), --ar 16:9",
+    "mIxEd CaSe WoRdS aNd ACRONYMS like NASA, USA, iPhone",
+    "a very, very; punctuated: sentence... with (brackets) & symbols -- all of it!?",
+    "pneumonoultramicroscopicsilicovolcanoconiosis",
+    "x",
+    "snake_case and kebab-case and path/to/file.txt",
+    "https://example.com/a?b=c&d=e#f user@example.org #hashtag @mention",
+    # Nothing, or whitespace only
+    "",
+    " ",
+    "   \t\n  ",
+    "\u3000\u00a0\u2003",
+    # Odd whitespace
+    "  leading and trailing  ",
+    "tabs\tand\nnew\r\nlines\vand\fmore",
+    "no\u00a0break em\u2003space ideographic\u3000space next\u0085line line\u2028separator",
+    "zero\u200bwidth joiner\u200dnon\u200cjoiner bom\ufeffmark mongolian\u180evowel",
+    # Digits
+    "1234567890",
+    "3.14159, 1e-5, 50%, $100, 2024-06-17",
+    "8k 4x4 mp3 h264 b2b",
+    "½ ¼ ² ³ ₂ Ⅷ ⅻ ① ٣٤٥ १२३ 一二三",
+    # Apostrophes and contractions
+    "it's I'll we're they've I'm you'd can't",
+    "IT'S I'LL WE'RE THEY'VE I'M YOU'D CAN'T",
+    "'s 't 're 've 'm 'll 'd 'x",
+    "rock 'n' roll, the dogs' bowls, o'clock, ''quoted''",
+    "it’s a ‘curly’ “quote” – dash — em…",
+    "don'tt s's's y'all'd've",
+    # HTML
+    "&amp; &lt;b&gt;bold&lt;/b&gt; &quot;x&quot; &#39; &nbsp;",
+    "<div class='a'>text</div><br/>",
+    "&amp;amp;amp;",
+    # Accents, composed and not
+    "café naïve Ångström Zürich señor façade crème brûlée",
+    "cafe\u0301 nai\u0308ve A\u030angstro\u0308m",
+    "ÀÉÎÕÜ ÇÑ ØÅÆ ÐÞ ŁŻŹ ŐŰ ŠČŘŽ",
+    "tiếng Việt có dấu",
+    "q\u0323\u0307 and q\u0307\u0323, z\u0335a\u0334l\u0337g\u0338o\u0336",
+    # Case that is not one letter to one letter, or depends on its place
+    "İstanbul ve Iğdır ıI",
+    "ΟΔΥΣΣΕΥΣ ΣΑΣ Σ",
+    "Straße STRASSE ẞ",
+    "ﬁ ﬂ ﬀ ligatures, Dž Lj Nj digraphs",
+    "fullwidth ＡＢＣ１２３！",
+    "𝐁𝐨𝐥𝐝 𝓈𝒸𝓇𝒾𝓅𝓉 𝔣𝔯𝔞𝔨𝔱𝔲𝔯",
+    # Scripts
+    "一只猫的照片",
+    "猫の写真、カタカナとひらがな。",
+    "ｶﾀｶﾅ がぎぐ か\u3099",
+    "고양이 사진",
+    "\u1100\u1161\u11a8 conjoining",
+    "Фотография кота в шляпе",
+    "φωτογραφία μιας γάτας",
+    "صورة قطة جميلة",
+    "תמונה של חתול",
+    "עִבְרִית with English in the middle العربية",
+    "\u202eright to left override\u202c",
+    "बिल्ली की तस्वीर",
+    "ภาพถ่ายของแมว",
+    "படம் ছবি ფოტო լուսանկար ፎቶ",
+    "𒀀𒁀 𓀀𓁐 𠜎𠜱",
+    # Emoji
+    "🎉",
+    "a cat 🐱 and a dog 🐶🐶🐶",
+    "👨‍👩‍👧‍👦 👍🏽 🏳️‍🌈 🇯🇵 1️⃣ ❤️",
+    "¯\\_(ツ)_/¯ ಠ_ಠ ʕ•ᴥ•ʔ",
+    # Control characters and others that are rarely typed
+    "null\x00bell\x07escape\x1b[0m",
+    "\x01\x02\x1c\x1d\x1e\x1f\x7f\x80\x9f",
+    "replacement \ufffd private \ue000 nonchar \uffff",
+    "soft\u00adhyphen",
+    "∑∫√∞ ≤≥≠ ←↑→ ♠♣♥ █▓▒ ™®©",
+    # Special tokens, written out
+    "<|startoftext|>",
+    "before<|endoftext|>after <|endoftext|><|endoftext|>",
+    "<|EndOfText|> <|endoftext <|pad|>",
+    # Mojibake stays as it is
+    "schÃ¶n, donâ€™t",
+    # Long
+    " ".join(["a painting of a red fox in the snow"] * 40),
+    " ".join(f"word{i}" for i in range(300)),
+    "supercalifragilistic" * 20,
+    "猫" * 200,
+    "🎉" * 100,
+    "!" * 300,
+    "a " * 74 + "b",
+    "a " * 75 + "b",
+    "a " * 76 + "b",
+]
+
+
+def random_texts(count: int, seed: int = 0) -> list[str]:
+    """Strings of up to 60 characters, dense in the blocks that behave oddly.
+
+    All are of Unicode 3.2, so that the two sides agree on them whichever tables they were built
+    with; newer characters are among TEXTS.
+    """
+    blocks = [(0, 0x80), (0, 0x800), (0x2000, 0x2100), (0x3000, 0x3100), (0, 0x30000)]
+    categories = unicodedata.ucd_3_2_0.category
+    characters = [
+        [c for c in map(chr, range(*block)) if categories(c) not in ("Cs", "Cn")]
+        for block in blocks
+    ]  # fmt: skip
+    rng = random.Random(seed)
+    return [
+        "".join(rng.choice(rng.choice(characters)) for _ in range(rng.randrange(60)))
+        for _ in range(count)
+    ]
+
+
+@pytest.fixture(scope="module")
+def reference_tokenizer(tmp_path_factory):
+    """transformers' CLIPTokenizer over files written here from the same vocabulary."""
+    transformers = pytest.importorskip("transformers")
+    lines = gzip.decompress(clip_text._vocabulary_file().read_bytes()).decode().split("\n")
+    merges = lines[1 : 1 + 49408 - 512 - 2]
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    symbols = [chr(b) for b in printable] + [chr(256 + i) for i in range(256 - len(printable))]
+    vocabulary = symbols + [s + "</w>" for s in symbols] + [m.replace(" ", "") for m in merges]
+    vocabulary += ["<|startoftext|>", "<|endoftext|>"]
+    folder = tmp_path_factory.mktemp("tokenizer")
+    ids = {token: i for i, token in enumerate(vocabulary)}
+    (folder / "vocab.json").write_text(json.dumps(ids), encoding="utf-8")
+    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges]), encoding="utf-8")
+    return transformers.CLIPTokenizer.from_pretrained(folder)
+
+
+def reference_ids(tokenizer, texts: list[str]) -> torch.Tensor:
+    encoded = tokenizer(
+        texts, padding="max_length", max_length=77, truncation=True, return_tensors="pt"
+    )
+    return encoded.input_ids
+
+
+def test_ids_equal_transformers(reference_tokenizer):
+    assert len(TEXTS) >= 60
+    for text in TEXTS:
+        expected = reference_ids(reference_tokenizer, [text])
+        assert Tokenizer()(text).equal(expected), repr(text)
+
+
+def test_ids_of_random_unicode_equal_transformers(reference_tokenizer):
+    texts = random_texts(1000)
+    ours, expected = Tokenizer()(texts), reference_ids(reference_tokenizer, texts)
+    different = (ours != expected).any(dim=1).nonzero().flatten().tolist()
+    assert not different, repr(texts[different[0]])
+
+
+def test_a_prompt_by_hand():
+    ids = Tokenizer()("a photo of a cat")
+    assert ids.shape == (1, 77) and ids.dtype == torch.int64
+    assert ids[0].tolist() == [START, 320, 1125, 539, 320, 2368] + [END] * 71
+
+
+def test_padding_and_truncation():
+    empty, full, cut = Tokenizer()(["", "cat " * 75, "cat " * 76])
+    assert empty.tolist() == [START] + [END] * 76
+    assert full.tolist() == [START] + [2368] * 75 + [END]
+    assert cut.equal(full)
+
+
+def test_a_batch_is_its_rows():
+    tokenizer, texts = Tokenizer(), TEXTS[:10]
+    assert tokenizer(texts).equal(torch.cat([tokenizer(t) for t in texts]))
+    assert tokenizer([]).shape == (0, 77)
+
+
+def test_without_the_vocabulary_package(monkeypatch):
+    monkeypatch.setattr(clip_text.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ImportError, match="pip install open_clip_torch"):
+        clip_text._vocabulary_file()
+
+
+def test_tokenizing_imports_neither_open_clip_nor_torchvision():
+    code = (
+        "import sys, clip_text; clip_text.Tokenizer()('a cat');"
+        "assert not {'open_clip', 'torchvision', 'transformers'} & sys.modules.keys()"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_parameter_count():
+    with torch.device("meta"):
+        encoder = TextEncoder()
+    assert sum(p.numel() for p in encoder.parameters()) == 123_060_480
+
+
+def reference_encoder(config: TextConfig):
+    """transformers' encoder with seeded weights large enough for every path to matter."""
+    transformers = pytest.importorskip("transformers")
+    sizes = transformers.CLIPTextConfig(
+        vocab_size=config.vocab_size,
+        hidden_size=config.width,
+        intermediate_size=4 * config.width,
+        num_hidden_layers=config.layers,
+        num_attention_heads=config.heads,
+        max_position_embeddings=config.positions,
+        hidden_act="quick_gelu",
+        bos_token_id=0,
+        eos_token_id=config.vocab_size - 1,
+        pad_token_id=config.vocab_size - 1,
+    )
+    torch.manual_seed(0)
+    model = transformers.CLIPTextModel(sizes).eval().requires_grad_(False)
+    for name, p in model.named_parameters():
+        norm_scale = "norm" in name and name.endswith("weight")
+        p.copy_(torch.randn_like(p) * (0.1 if p.ndim == 1 else p.shape[1] ** -0.5) + norm_scale)
+    return model
+
+
+def some_ids(config: TextConfig) -> torch.Tensor:
+    return torch.randint(config.vocab_size, (2, 77), generator=torch.Generator().manual_seed(1))
+
+
+def relative_error(ours: torch.Tensor, expected: torch.Tensor) -> float:
+    return ((ours.float() - expected).abs().max() / expected.abs().max()).item()
+
+
+@pytest.fixture(scope="module")
+def small():
+    """A small reference, ids, and the states expected of them."""
+    model, ids = reference_encoder(SMALL), some_ids(SMALL)
+    return model, ids, model(ids).last_hidden_state
+
+
+def bare_weights(model) -> dict[str, torch.Tensor]:
+    """Its weights, with keys as in `TextEncoder` whichever version of transformers wrote them."""
+    return {k.removeprefix("text_model."): v.contiguous() for k, v in model.state_dict().items()}
+
+
+def save_single_file(path, model, prefix: str, dtype=torch.float32, metadata=None):
+    """A Stable Diffusion checkpoint's text part, with the buffer and neighbours it comes with."""
+    weights = {prefix + k: v.to(dtype) for k, v in bare_weights(model).items()}
+    weights[prefix + "embeddings.position_ids"] = torch.arange(77)[None]
+    weights["cond_stage_model.transformer.text_projection.weight"] = torch.zeros(8, 8)
+    weights["model.diffusion_model.out.2.bias"] = torch.zeros(4)
+    save_file(weights, path, metadata=metadata)
+
+
+PREFIXES = ["cond_stage_model.transformer.text_model.", "cond_stage_model.transformer."]
+
+
+@pytest.mark.parametrize("prefix", PREFIXES)
+def test_single_file_equals_transformers(small, prefix, tmp_path):
+    model, ids, expected = small
+    save_single_file(tmp_path / "sd.safetensors", model, prefix)
+    encoder = load_text_encoder(tmp_path / "sd.safetensors", config=SMALL)
+    assert relative_error(encoder(ids), expected) < 1e-5
+
+
+@pytest.mark.parametrize("shard", ["5GB", "100KB"])
+def test_folder_equals_transformers(small, shard, tmp_path):
+    model, ids, expected = small
+    model.save_pretrained(tmp_path / "text_encoder", max_shard_size=shard)
+    assert (tmp_path / "text_encoder/model.safetensors.index.json").exists() == (shard == "100KB")
+    encoder = load_text_encoder(tmp_path, config=SMALL)
+    assert relative_error(encoder(ids), expected) < 1e-5
+
+
+@pytest.mark.parametrize("prefix", ["text_model.", ""])
+def test_folder_with_either_spelling_of_keys(small, prefix, tmp_path):
+    model, ids, expected = small
+    weights = {prefix + k: v for k, v in bare_weights(model).items()}
+    weights[prefix + "embeddings.position_ids"] = torch.arange(77)[None]
+    (tmp_path / "text_encoder").mkdir()
+    save_file(weights, tmp_path / "text_encoder/model.safetensors")
+    encoder = load_text_encoder(tmp_path, config=SMALL)
+    assert relative_error(encoder(ids), expected) < 1e-5
+
+
+def test_half_precision_files_load_into_any_dtype(small, tmp_path):
+    model, ids, expected = small
+    save_single_file(tmp_path / "sd.safetensors", model, PREFIXES[0], torch.float16)
+    (tmp_path / "text_encoder").mkdir()
+    weights = {k: v.half() for k, v in bare_weights(model).items()}
+    save_file(weights, tmp_path / "text_encoder/model.fp16.safetensors")
+    for source in (tmp_path / "sd.safetensors", tmp_path):
+        for dtype, limit in [(torch.float32, 2e-3), (torch.float16, 1e-2), (torch.bfloat16, 5e-2)]:
+            encoder = load_text_encoder(source, dtype=dtype, config=SMALL)
+            assert {p.dtype for p in encoder.parameters()} == {dtype}
+            states = encoder(ids)
+            assert states.dtype == dtype and relative_error(states, expected) < limit
+
+
+def test_config_from_the_metadata_of_a_single_file(small, tmp_path):
+    model, ids, expected = small
+    metadata = {"text_config": json.dumps(vars(SMALL))}
+    save_single_file(tmp_path / "sd.safetensors", model, PREFIXES[0], metadata=metadata)
+    encoder = load_text_encoder(tmp_path / "sd.safetensors")
+    assert encoder.config == SMALL
+    assert relative_error(encoder(ids), expected) < 1e-5
+
+
+def test_loaded_encoder_is_frozen(small, tmp_path):
+    save_single_file(tmp_path / "sd.safetensors", small[0], PREFIXES[0])
+    encoder = load_text_encoder(tmp_path / "sd.safetensors", config=SMALL)
+    assert not encoder.training
+    assert not any(p.requires_grad for p in encoder.parameters())
+
+
+def test_every_weight_matters(small, tmp_path):
+    """The comparison above can fail: one changed tensor, whichever it is, moves the states."""
+    model, ids, expected = small
+    save_single_file(tmp_path / "sd.safetensors", model, PREFIXES[0])
+    weights = load_file(tmp_path / "sd.safetensors")
+    for key in [k for k in weights if k.startswith(PREFIXES[0]) and k.endswith(("weight", "bias"))]:
+        if key.endswith("k_proj.bias"):
+            continue  # softmax cancels what is the same for all keys
+        changed = weights | {key: weights[key].roll(1, 0)}
+        save_file(changed, tmp_path / "changed.safetensors")
+        encoder = load_text_encoder(tmp_path / "changed.safetensors", config=SMALL)
+        assert relative_error(encoder(ids), expected) > 1e-3, key
+
+
+def test_a_missing_weight_is_named(small, tmp_path):
+    save_single_file(tmp_path / "sd.safetensors", small[0], PREFIXES[0])
+    weights = load_file(tmp_path / "sd.safetensors")
+    del weights[PREFIXES[0] + "encoder.layers.1.mlp.fc1.bias"]
+    save_file(weights, tmp_path / "sd.safetensors")
+    with pytest.raises(CheckpointError, match=r"encoder\.layers\.1\.mlp\.fc1\.bias"):
+        load_text_encoder(tmp_path / "sd.safetensors", config=SMALL)
+
+
+def test_attention_is_causal():
+    torch.manual_seed(0)
+    encoder, ids = TextEncoder(SMALL).eval(), some_ids(SMALL)
+    other = ids.clone()
+    other[:, 40] = (other[:, 40] + 1) % SMALL.vocab_size
+    a, b = encoder(ids), encoder(other)
+    assert torch.allclose(a[:, :40], b[:, :40], atol=1e-6)
+    assert (a[:, 40:] - b[:, 40:]).abs().amax(dim=(0, 2)).min() > 1e-4
+
+
+def test_embed_is_the_encoder_after_the_tokenizer():
+    torch.manual_seed(0)
+    config = TextConfig(width=16, layers=1, heads=2)
+    encoder = TextEncoder(config).to(torch.bfloat16).requires_grad_(False)
+    states = embed(encoder, Tokenizer(), ["a cat", ""])
+    assert states.shape == (2, 77, 16) and states.dtype == torch.bfloat16
+    assert states.equal(encoder(Tokenizer()(["a cat", ""])))
+
+
+def test_compiled_equals_eager(small, tmp_path):
+    model, ids, _ = small
+    save_single_file(tmp_path / "sd.safetensors", model, PREFIXES[0])
+    encoder = load_text_encoder(tmp_path / "sd.safetensors", config=SMALL)
+    compiled = torch.compile(encoder, fullgraph=True)
+    assert relative_error(compiled(ids), encoder(ids)) < 1e-5
+
+
+def test_full_size_equals_transformers(tmp_path):
+    config = TextConfig()
+    model, ids = reference_encoder(config), some_ids(config)
+    expected = model(ids).last_hidden_state
+    save_single_file(tmp_path / "sd.safetensors", model, PREFIXES[0])
+    encoder = load_text_encoder(tmp_path / "sd.safetensors")
+    assert relative_error(encoder(ids), expected) < 1e-4

@@ -1,0 +1,548 @@
+"""The UNet of Stable Diffusion 1.5, and the reading of its checkpoints.
+
+The paper leaves this network frozen: it is the teacher, and with a guide's features added it is the
+student.  It is therefore cut where the method cuts it.  `encode` runs the input blocks and the
+middle; `decode` runs the output blocks on the skips, to which a guide's `y` may be added.  Teacher
+and student see the same latent, time and prompt in the encoder, so one `encode` serves both.
+
+Modules carry the names of the official single-file checkpoint less `model.diffusion_model.`: its
+keys are the state dict.  Names of the diffusers folder layout go through one table, `_renames`.
+
+Shapes: B batch, C channels, H and W rows and columns of the latent (an eighth of the image),
+N = H * W positions, L tokens of the prompt, D width of a token, E = 4 * model_channels, A heads.
+"""
+
+import json
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+# ------------------------------------------------------------------------------------ the network
+
+
+@dataclass(frozen=True)
+class UNetConfig:
+    """Sizes of a UNet; the defaults are Stable Diffusion 1.5.
+
+    `channel_mult` and `attention` have one entry a level, from full resolution down; each level
+    halves the sides of the one before.  Channels are multiples of `norm_groups` and `num_heads`.
+    """
+
+    in_channels: int = 4
+    out_channels: int = 4
+    model_channels: int = 320
+    channel_mult: tuple[int, ...] = (1, 2, 4, 4)
+    num_res_blocks: int = 2
+    attention: tuple[bool, ...] = (True, True, True, False)
+    num_heads: int = 8
+    context_dim: int = 768
+    norm_groups: int = 32
+
+
+class ResBlock(nn.Module):
+    """Two convolutions around a shift by the time embedding, beside a shortcut."""
+
+    def __init__(self, config: UNetConfig, c_in: int, c_out: int):
+        super().__init__()
+        groups, emb_dim = config.norm_groups, 4 * config.model_channels
+        self.in_layers = nn.Sequential(
+            nn.GroupNorm(groups, c_in), nn.SiLU(), nn.Conv2d(c_in, c_out, 3, padding=1)
+        )
+        self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(emb_dim, c_out))
+        self.out_layers = nn.Sequential(
+            nn.GroupNorm(groups, c_out),
+            nn.SiLU(),
+            nn.Identity(),  # the official model has a dropout here; it keeps the conv at index 3
+            _zero(nn.Conv2d(c_out, c_out, 3, padding=1)),
+        )
+        self.skip_connection = nn.Identity() if c_in == c_out else nn.Conv2d(c_in, c_out, 1)
+
+    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+        h = self.in_layers(x)                                                     # (B, C, H, W)
+        h = h + self.emb_layers(emb)[:, :, None, None]                            # + (B, C, 1, 1)
+        return self.skip_connection(x) + self.out_layers(h)
+
+
+class Attention(nn.Module):
+    """Multi-head attention of image positions to themselves or, given a context, to the prompt."""
+
+    def __init__(self, dim: int, context_dim: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.to_q = nn.Linear(dim, dim, bias=False)
+        self.to_k = nn.Linear(context_dim, dim, bias=False)
+        self.to_v = nn.Linear(context_dim, dim, bias=False)
+        self.to_out = nn.Sequential(nn.Linear(dim, dim))
+
+    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+        q, k, v = self.to_q(x), self.to_k(context), self.to_v(context)            # (B, N or L, C)
+        q, k, v = (u.unflatten(-1, (self.heads, -1)).transpose(1, 2) for u in (q, k, v))
+        h = F.scaled_dot_product_attention(q, k, v)                               # (B, A, N, C/A)
+        return self.to_out(h.transpose(1, 2).flatten(2))                          # (B, N, C)
+
+
+class GEGLU(nn.Module):
+    """A linear layer whose one half gates the other."""
+
+    def __init__(self, c_in: int, c_out: int):
+        super().__init__()
+        self.proj = nn.Linear(c_in, 2 * c_out)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h, gate = self.proj(x).chunk(2, dim=-1)
+        return h * F.gelu(gate)
+
+
+class FeedForward(nn.Module):
+    """The position-wise network of a transformer block, four times as wide inside."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.net = nn.Sequential(GEGLU(dim, 4 * dim), nn.Identity(), nn.Linear(4 * dim, dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x)
+
+
+class TransformerBlock(nn.Module):
+    """Self-attention, attention to the prompt, feed-forward; each on a normalised residual."""
+
+    def __init__(self, dim: int, context_dim: int, heads: int):
+        super().__init__()
+        self.attn1 = Attention(dim, dim, heads)
+        self.attn2 = Attention(dim, context_dim, heads)
+        self.ff = FeedForward(dim)
+        self.norm1, self.norm2, self.norm3 = (nn.LayerNorm(dim) for _ in range(3))
+
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        h = self.norm1(x)
+        x = x + self.attn1(h, h)
+        x = x + self.attn2(self.norm2(x), c)
+        return x + self.ff(self.norm3(x))
+
+
+class SpatialTransformer(nn.Module):
+    """A transformer block over the positions of a feature map, as a residual."""
+
+    def __init__(self, config: UNetConfig, channels: int):
+        super().__init__()
+        self.norm = nn.GroupNorm(config.norm_groups, channels, eps=1e-6)
+        self.proj_in = nn.Conv2d(channels, channels, 1)
+        block = TransformerBlock(channels, config.context_dim, config.num_heads)
+        self.transformer_blocks = nn.ModuleList([block])
+        self.proj_out = _zero(nn.Conv2d(channels, channels, 1))
+
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        h = self.proj_in(self.norm(x))                                            # (B, C, H, W)
+        h = h.flatten(2).transpose(1, 2)                                          # (B, N, C)
+        for block in self.transformer_blocks:
+            h = block(h, c)
+        h = h.transpose(1, 2).unflatten(2, x.shape[2:])                           # (B, C, H, W)
+        return x + self.proj_out(h)
+
+
+class Downsample(nn.Module):
+    """Halves the sides with a strided convolution."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.op = nn.Conv2d(channels, channels, 3, stride=2, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.op(x)
+
+
+class Upsample(nn.Module):
+    """Doubles the sides by repeating every position, then convolves."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+
+
+class Stage(nn.Sequential):
+    """Layers in a row, each given what it asks for beside the features: time, prompt or neither."""
+
+    def forward(self, h: Tensor, emb: Tensor, c: Tensor) -> Tensor:
+        for layer in self:
+            if isinstance(layer, ResBlock):
+                h = layer(h, emb)
+            elif isinstance(layer, SpatialTransformer):
+                h = layer(h, c)
+            else:
+                h = layer(h)
+        return h
+
+
+class Encoder(nn.Module):
+    """Time embedding, input blocks and middle block: the half a UNet and a full guide share."""
+
+    def __init__(self, config: UNetConfig = UNetConfig()):
+        super().__init__()
+        self.config = config
+        width = 4 * config.model_channels
+        self.time_embed = nn.Sequential(
+            nn.Linear(config.model_channels, width), nn.SiLU(), nn.Linear(width, width)
+        )
+        self.input_blocks = nn.ModuleList(_input_blocks(config))
+        middle = config.model_channels * config.channel_mult[-1]
+        self.middle_block = Stage(
+            ResBlock(config, middle, middle),
+            SpatialTransformer(config, middle),
+            ResBlock(config, middle, middle),
+        )
+
+    def embed_time(self, t: Tensor) -> Tensor:
+        """Timesteps (B,), 0 to 999, whole or not, to their embedding (B, E).
+
+        The sinusoid is computed in float32, where neighbouring timesteps stay apart, and only then
+        cast to the dtype of the weights.
+        """
+        half = self.config.model_channels // 2
+        index = torch.arange(half, device=t.device, dtype=torch.float32)
+        angle = t.float()[:, None] * torch.exp(-math.log(10_000) / half * index)  # (B, half)
+        wave = torch.cat([angle.cos(), angle.sin()], dim=1)                       # (B, 2 * half)
+        return self.time_embed(wave.to(self.time_embed[0].weight.dtype))          # (B, E)
+
+    def encode(self, z: Tensor, emb: Tensor, c: Tensor) -> tuple[list[Tensor], Tensor]:
+        """Latent z (B, 4, H, W), embedding emb (B, E), prompt c (B, L, D) to skips and middle.
+
+        The skips are the outputs of the input blocks, in order: channels and count are those of
+        `injection_channels`, whose last entry is the middle's.  H and W must be multiples of
+        2 ** (levels - 1): 8 in Stable Diffusion, which is 64 pixels.
+        """
+        h, skips = z, []
+        for block in self.input_blocks:
+            h = block(h, emb, c)
+            skips.append(h)
+        return skips, self.middle_block(h, emb, c)
+
+
+class UNet(Encoder):
+    """The noise predictor eps(z_t, t, c): 12 input blocks, a middle and 12 output blocks in SD 1.5.
+
+    ```
+    side   channels   input blocks               output blocks                     attention
+    64     320        0 conv   1   2   3 down    9   10   11                       yes
+    32     640                 4   5   6 down    6   7    8 up                     yes
+    16     1280                7   8   9 down    3   4    5 up                     yes
+    8      1280                10  11            0   1    2 up                     middle only
+    ```
+    """
+
+    def __init__(self, config: UNetConfig = UNetConfig()):
+        super().__init__(config)
+        self.output_blocks = nn.ModuleList(_output_blocks(config))
+        self.out = nn.Sequential(
+            nn.GroupNorm(config.norm_groups, config.model_channels),
+            nn.SiLU(),
+            _zero(nn.Conv2d(config.model_channels, config.out_channels, 3, padding=1)),
+        )
+
+    def decode(
+        self, skips: list[Tensor], h: Tensor, emb: Tensor, c: Tensor, y: list[Tensor] | None = None
+    ) -> Tensor:
+        """What `encode` returned, and a guide's features y, to the predicted noise (B, 4, H, W).
+
+        y has one tensor a skip and, last, one for the middle, each of the shape it is added to or
+        (B, C, 1, 1).  Neither `skips` nor `y` is changed, so both may be used again.  Raises
+        ValueError where y has another length.
+        """
+        if y is not None:
+            *skips, h = (x + g.to(x.dtype) for x, g in zip([*skips, h], y, strict=True))
+        skips = list(skips)
+        for block in self.output_blocks:
+            h = block(torch.cat([h, skips.pop()], dim=1), emb, c)
+        return self.out(h)
+
+    def forward(self, z: Tensor, t: Tensor, c: Tensor, y: list[Tensor] | None = None) -> Tensor:
+        """Predicted noise (B, 4, H, W) in latent z at timesteps t (B,) under prompt c (B, L, D)."""
+        emb = self.embed_time(t)
+        skips, h = self.encode(z, emb, c)
+        return self.decode(skips, h, emb, c, y)
+
+
+def injection_channels(config: UNetConfig) -> list[int]:
+    """Channels of each point a guide may add to: the skips in encoder order, then the middle."""
+    channels, last = [config.model_channels], len(config.channel_mult) - 1
+    for level, mult in enumerate(config.channel_mult):
+        blocks = config.num_res_blocks + (level < last)  # all but the last level end in Downsample
+        channels += [config.model_channels * mult] * blocks
+    return [*channels, channels[-1]]
+
+
+def _input_blocks(config: UNetConfig) -> Iterable[Stage]:
+    ch = config.model_channels
+    yield Stage(nn.Conv2d(config.in_channels, ch, 3, padding=1))
+    for level, mult in enumerate(config.channel_mult):
+        for _ in range(config.num_res_blocks):
+            c_in, ch = ch, config.model_channels * mult
+            yield Stage(*_res_and_attention(config, level, c_in, ch))
+        if level < len(config.channel_mult) - 1:
+            yield Stage(Downsample(ch))
+
+
+def _output_blocks(config: UNetConfig) -> Iterable[Stage]:
+    *skips, ch = injection_channels(config)
+    for level, mult in reversed(list(enumerate(config.channel_mult))):
+        for i in range(config.num_res_blocks + 1):
+            c_in, ch = ch + skips.pop(), config.model_channels * mult
+            layers = _res_and_attention(config, level, c_in, ch)
+            if level > 0 and i == config.num_res_blocks:
+                layers.append(Upsample(ch))
+            yield Stage(*layers)
+
+
+def _res_and_attention(config: UNetConfig, level: int, c_in: int, c_out: int) -> list[nn.Module]:
+    attention = [SpatialTransformer(config, c_out)] if config.attention[level] else []
+    return [ResBlock(config, c_in, c_out), *attention]
+
+
+def _zero(layer: nn.Conv2d) -> nn.Conv2d:
+    """Zeroes the last layer of a branch, so that a fresh network starts from its shortcuts."""
+    nn.init.zeros_(layer.weight)
+    nn.init.zeros_(layer.bias)
+    return layer
+
+
+# -------------------------------------------------------------------------------- its checkpoints
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that can't be used; the message says what it is and what to pass instead."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """Where one model lies: its keys in a single file, its folder and file in the other layout."""
+
+    name: str
+    prefixes: tuple[str, ...]
+    folder: str
+    stem: str
+    config: str  # metadata key under which a single file may carry the model's sizes as JSON
+
+
+PART = Part(
+    "UNet", ("model.diffusion_model.",), "unet", "diffusion_pytorch_model", "unet_config"
+)
+
+# What the first bytes of a file that is not a safetensors file say that it is.
+_NOT_WEIGHTS = {
+    b"PK\x03\x04": "a pickle, which can run code when opened: pass a .safetensors file",
+    b"\x80\x02\x8a": "a pickle, which can run code when opened: pass a .safetensors file",
+    b"<": "a web page saved under a model's name: download the file itself",
+    b"version https://git-lfs": "a Git LFS pointer, not the weights: run `git lfs pull` there",
+}
+_OTHER_BASES = {
+    "conditioner.": "Stable Diffusion XL", "cond_stage_model.model.": "Stable Diffusion 2",
+}
+_ADD_ONS = {"lora": "a LoRA", "control": "a ControlNet"}
+_OTHER_WIDTHS = {1024: "Stable Diffusion 2", 2048: "Stable Diffusion XL"}  # of the prompt's tokens
+
+
+def load_unet(
+    path: str | Path,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    config: UNetConfig | None = None,
+) -> UNet:
+    """The frozen UNet of the checkpoint at `path`, a single file or a folder, in eval mode.
+
+    Its sizes are `config`, else those stored in the file, else Stable Diffusion 1.5's.
+    Raises CheckpointError where the checkpoint is not what it should be.
+    """
+    tensors, stored = read_checkpoint(path, PART)
+    config = config or UNetConfig(**stored)
+    _refuse_other_unets(tensors, config, path)
+    with torch.device("meta"):  # no memory and no random numbers for weights about to be replaced
+        unet = UNet(config).to(dtype)
+    load_strict(unet, rename(tensors, _renames(config)), path)
+    return unet.to(device).eval().requires_grad_(False)
+
+
+def read_checkpoint(path: str | Path, part: Part) -> tuple[dict[str, Tensor], dict]:
+    """The tensors of one part of a checkpoint, less their prefix, and its stored configuration.
+
+    `path` is a single .safetensors file, a folder with one subfolder a part, or that subfolder.
+    Only the tensors asked for are read, memory mapped, in the dtype they have; no pickle is ever
+    opened.  The configuration is {} unless a single file carries it.  Raises CheckpointError.
+    """
+    path = Path(path).expanduser()
+    if path.is_dir():
+        files, prefixes = _files_in_folder(path, part), ("",)
+    else:
+        files, prefixes = [path], part.prefixes
+    tensors, config = {}, {}
+    for file in files:
+        with _open(file) as opened:
+            names = _select(file, opened.keys(), part, prefixes)
+            tensors |= {short: opened.get_tensor(name) for short, name in names.items()}
+            config = json.loads((opened.metadata() or {}).get(part.config, "{}"))
+    return tensors, {k: tuple(v) if isinstance(v, list) else v for k, v in config.items()}
+
+
+def load_strict(module: nn.Module, tensors: Mapping[str, Tensor], source: str | Path) -> None:
+    """Gives every parameter of `module` its tensor, cast to the parameter's dtype.
+
+    A module on the meta device takes the tensors over without a copy, and only buffers outside its
+    state dict stay there; any other module is filled in place.  1x1 convolutions accept the weight
+    of a linear layer.  Raises CheckpointError, naming what is missing, unexpected or of another
+    shape; `source` is what the message calls the checkpoint.
+    """
+    wanted = module.state_dict()
+    ready = {name: _fit(tensor, wanted.get(name)) for name, tensor in tensors.items()}
+    faults = {
+        "missing": [n for n in wanted if n not in ready],
+        "unexpected": [n for n in ready if n not in wanted],
+        "of another shape": [
+            f"{n} {tuple(ready[n].shape)} for {tuple(wanted[n].shape)}"
+            for n in wanted if n in ready and ready[n].shape != wanted[n].shape
+        ],
+    }
+    if any(faults.values()):
+        found = "; ".join(_count(what, names) for what, names in faults.items() if names)
+        raise CheckpointError(
+            f"{source} does not fit {type(module).__name__} ({found}): "
+            "pass a Stable Diffusion 1.5 checkpoint, or one of the sizes configured"
+        )
+    assign = all(p.is_meta for p in wanted.values())
+    module.load_state_dict(ready, assign=assign)
+
+
+def rename(tensors: Mapping[str, Tensor], table: Mapping[str, str]) -> dict[str, Tensor]:
+    """The same tensors; in each name every left side of `table` gives way to its right side."""
+
+    def new(name: str) -> str:
+        for old, replacement in table.items():
+            name = name.replace(old, replacement)
+        return name
+
+    return {new(name): tensor for name, tensor in tensors.items()}
+
+
+def _renames(config: UNetConfig) -> dict[str, str]:
+    """Folder names to single-file names: numbered by level and kind there, in one row here."""
+    levels, depth = range(len(config.channel_mult)), config.num_res_blocks
+    places = {f"mid_block.resnets.{i}.": f"middle_block.{2 * i}." for i in range(2)}
+    places["mid_block.attentions.0."] = "middle_block.1."
+    for level in levels:
+        up, attention = levels[-1] - level, config.attention[level]
+        k, n = 1 + level * (depth + 1), up * (depth + 1)  # first input and output block here
+        for i in range(depth + 1):
+            for kind, place in (("resnets", 0), ("attentions", 1)):
+                places[f"down_blocks.{level}.{kind}.{i}."] = f"input_blocks.{k + i}.{place}."
+                places[f"up_blocks.{up}.{kind}.{i}."] = f"output_blocks.{n + i}.{place}."
+        places[f"down_blocks.{level}.downsamplers.0.conv."] = f"input_blocks.{k + depth}.0.op."
+        places[f"up_blocks.{up}.upsamplers.0."] = f"output_blocks.{n + depth}.{1 + attention}."
+    layers = {
+        "norm1.": "in_layers.0.", "conv1.": "in_layers.2.", "time_emb_proj.": "emb_layers.1.",
+        "norm2.": "out_layers.0.", "conv2.": "out_layers.3.", "conv_shortcut.": "skip_connection.",
+    }
+    table = {}
+    for old, new in places.items():
+        inner = layers if ".resnets." in old else {"": ""}
+        table |= {old + theirs: new + ours for theirs, ours in inner.items()}
+    return table | {
+        "time_embedding.linear_1.": "time_embed.0.", "time_embedding.linear_2.": "time_embed.2.",
+        "conv_in.": "input_blocks.0.0.", "conv_norm_out.": "out.0.", "conv_out.": "out.2.",
+    }
+
+
+def _select(path: Path, names: Iterable[str], part: Part, prefixes: tuple[str, ...]) -> dict:
+    """The names that belong to `part`, by what is left of them without their prefix."""
+    plain = {name.removeprefix("state_dict."): name for name in names}
+    for mark, base in _OTHER_BASES.items():
+        if any(name.startswith(mark) for name in plain):
+            raise CheckpointError(f"{path} is {base}: pass a Stable Diffusion 1.5 checkpoint")
+    chosen = {
+        name[len(prefix):]: full
+        for name, full in plain.items() for prefix in prefixes if name.startswith(prefix)
+    }
+    for mark, what in _ADD_ONS.items():
+        if any(mark in name for name in chosen or plain):
+            raise CheckpointError(
+                f"{path} is {what}, an addition without the model it adds to: "
+                "pass the Stable Diffusion 1.5 checkpoint itself"
+            )
+    if not chosen:
+        raise CheckpointError(
+            f"{path} holds no {part.name} (no tensor is named {' or '.join(prefixes)}…): "
+            "pass a whole Stable Diffusion 1.5 checkpoint or its folder"
+        )
+    left_over = ("model_ema.", "loss.")  # of a part's own training, in some merges
+    return {short: full for short, full in chosen.items() if not short.startswith(left_over)}
+
+
+def _open(path: Path) -> safe_open:
+    """An open safetensors file, or the sentence that says why there is none."""
+    try:
+        return safe_open(path, framework="pt")
+    except FileNotFoundError as error:
+        raise CheckpointError(
+            f"{path} does not exist: pass a .safetensors file or a model's folder"
+        ) from error
+    except SafetensorError as error:  # not sooner: a good file may begin with these bytes as well
+        with path.open("rb") as file:
+            head = file.read(64).lstrip()
+        known = (what for start, what in _NOT_WEIGHTS.items() if head.startswith(start))
+        unknown = f"cut short or not a safetensors file ({error}): download it again"
+        what = next(known, unknown) if head else "empty: download it again"
+        raise CheckpointError(f"{path} is {what}") from error
+
+
+def _files_in_folder(path: Path, part: Part) -> list[Path]:
+    """The part's files in a folder of the diffusers layout, full precision before fp16."""
+    for folder in (path / part.folder, path):
+        for variant in ("", ".fp16"):
+            whole = folder / f"{part.stem}{variant}.safetensors"
+            if whole.is_file():
+                return [whole]
+            index = folder / f"{part.stem}.safetensors.index{variant}.json"
+            if index.is_file():
+                shards = json.loads(index.read_text())["weight_map"].values()
+                return [folder / shard for shard in sorted(set(shards))]
+    raise CheckpointError(
+        f"{path} has no {part.folder}/{part.stem}.safetensors: "
+        "pass the folder of a whole model, saved as safetensors"
+    )
+
+
+def _refuse_other_unets(
+    tensors: Mapping[str, Tensor], config: UNetConfig, source: str | Path
+) -> None:
+    """Inpainting and other bases use the same names; the widths of two layers give them away."""
+    for name, tensor in tensors.items():
+        width = tensor.shape[1] if tensor.ndim > 1 else 0
+        first = name in ("input_blocks.0.0.weight", "conv_in.weight")
+        if first and width == 9 != config.in_channels:
+            raise CheckpointError(
+                f"{source} is an inpainting model, with 9 input channels: "
+                "pass the Stable Diffusion 1.5 checkpoint for text to image"
+            )
+        prompt = name.endswith("attn2.to_k.weight")
+        if prompt and width in _OTHER_WIDTHS and width != config.context_dim:
+            base = _OTHER_WIDTHS[width]
+            raise CheckpointError(f"{source} is {base}: pass a Stable Diffusion 1.5 checkpoint")
+
+
+def _fit(tensor: Tensor, like: Tensor | None) -> Tensor:
+    """The tensor in the dtype of `like`; a linear weight (O, I) for a 1x1 one as (O, I, 1, 1)."""
+    if like is None:
+        return tensor
+    if tensor.ndim == 2 and like.shape == (*tensor.shape, 1, 1):
+        tensor = tensor[:, :, None, None]
+    return tensor.to(like.dtype)
+
+
+def _count(what: str, names: list[str]) -> str:
+    return f"{len(names)} {what}: {', '.join(names[:3])}{', …' if len(names) > 3 else ''}"
