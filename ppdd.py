@@ -1,20 +1,527 @@
-"""placeholder"""
+"""Plug-and-Play Diffusion Distillation (Hsiao et al., CVPR 2024): one function an equation.
+
+Classifier-free guidance runs the UNet twice a step. PPDD leaves the UNet frozen and trains a small
+*guide* that adds feature maps to the UNet's decoder, so that one pass gives the guided prediction;
+then it halves the number of sampling steps again and again, training the guide only.
+
+Symbols, as in the paper:
+
+    z_t, x, ε    noisy latent, clean latent, standard normal noise; z_t = α_t x + σ_t ε
+    c, ∅         states of the prompt, and of the empty (or a negative) prompt
+    ε_φ, G_θ     the frozen UNet, the guide
+    g            guidance number of Eq. 3: g = 0 is no guidance; elsewhere "guidance scale" is 1 + g
+
+Shapes: B batch, Z latent channels, H and W sides of the latent, L tokens, D width of a token,
+E width of a time embedding, C width of the tiny guide, N sampling steps.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
 import os
-import tempfile
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from clip_text import TextEncoder, Tokenizer, embed, load_text_encoder
+from unet import CheckpointError, Encoder, UNet, UNetConfig, injection_channels, load_strict, load_unet
+from vae import VAE, load_vae
 
-def save_tensors(path: str | Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+TIMESTEPS = 1000
+G_SCALE = 10.0   # the full guide's hint is a plain picture of value g / G_SCALE
+
+
+# ------------------------------------------------------------------------------- noise and steps
+
+def _alphas_bar() -> Tensor:
+    """ᾱ_t of SD 1.5, t = −1 … 999 (so entry t + 1): β from 0.00085 to 0.012, linear in √β."""
+    beta = torch.linspace(0.00085**0.5, 0.012**0.5, TIMESTEPS, dtype=torch.float64) ** 2
+    return torch.cat([torch.ones(1, dtype=torch.float64), (1 - beta).cumprod(0)])
+
+
+ALPHA, SIGMA = _alphas_bar().sqrt(), (1 - _alphas_bar()).sqrt()
+
+
+def alpha_sigma(t: int | Tensor) -> tuple:
+    """(α_t, σ_t): two numbers for an int t, two (B, 1, 1, 1) float32 tensors for timesteps (B,).
+
+    t = −1 is the clean end: α = 1, σ = 0.
+    """
+    if isinstance(t, int):
+        return ALPHA[t + 1].item(), SIGMA[t + 1].item()
+    return tuple(v.to(t.device, torch.float32)[t + 1].view(-1, 1, 1, 1) for v in (ALPHA, SIGMA))
+
+
+def step_grid(steps: int) -> list[int]:
+    """The N + 1 timesteps t_i = round(1000 i / N) − 1 for i = N … 0, from 999 down to −1.
+
+    "Trailing" spacing: it starts at full noise, and the grid of N / 2 steps is every second entry
+    of this one, which halving needs (Section 4.4).
+    """
+    if not 1 <= steps <= TIMESTEPS:
+        raise ValueError(f"steps is {steps}: it must be from 1 to {TIMESTEPS}")
+    return [round(TIMESTEPS * i / steps) - 1 for i in range(steps, -1, -1)]
+
+
+def add_noise(x: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+    """z_t = α_t x + σ_t ε, all (B, Z, H, W), t (B,)."""
+    alpha, sigma = alpha_sigma(t)
+    return alpha * x + sigma * noise
+
+
+def ddim_step(z: Tensor, eps: Tensor, t: int | Tensor, s: int | Tensor) -> Tensor:
+    """Eq. 2: x̂ = (z_t − σ_t ε̂) / α_t, then z_s = α_s x̂ + σ_s ε̂."""
+    (alpha_t, sigma_t), (alpha_s, sigma_s) = alpha_sigma(t), alpha_sigma(s)
+    x = (z - sigma_t * eps) / alpha_t
+    return alpha_s * x + sigma_s * eps
+
+
+def ddim(predict: Callable[[Tensor, int], Tensor], z: Tensor, grid: list[int]) -> Tensor:
+    """DDIM along the grid; predict(z, i) is ε̂ at the grid's i-th timestep. N passes."""
+    for i, (t, s) in enumerate(pairwise(grid)):
+        z = ddim_step(z, predict(z, i), t, s)
+    return z
+
+
+# Adams-Bashforth weights of the newest prediction, the one before it, …
+_PLMS = {1: (1.0,), 2: (3 / 2, -1 / 2), 3: (23 / 12, -16 / 12, 5 / 12),
+         4: (55 / 24, -59 / 24, 37 / 24, -9 / 24)}
+
+
+def plms(predict: Callable[[Tensor, int], Tensor], z: Tensor, grid: list[int]) -> Tensor:
+    """PLMS (Liu et al., 2022, without Runge-Kutta steps): DDIM steps along a mean of the last four ε̂.
+
+    The first step is taken twice, the second time with the mean of both its ends. N + 1 passes.
+    """
+    past: list[Tensor] = []                                                # newest first
+    for i, (t, s) in enumerate(pairwise(grid)):
+        past = [predict(z, i), *past[:3]]
+        eps = sum(w * e for w, e in zip(_PLMS[len(past)], past))
+        if i == 0 and s >= 0:
+            eps = (eps + predict(ddim_step(z, eps, t, s), 1)) / 2
+        z = ddim_step(z, eps, t, s)
+    return z
+
+
+SAMPLERS = {"ddim": ddim, "plms": plms}
+
+
+# ------------------------------------------------------------------------------- guidance, Eq. 3
+
+def cfg(eps_c: Tensor, eps_empty: Tensor, g: float | Tensor) -> Tensor:
+    """Eq. 3: ε̃ = (1 + g) ε_φ(z_t, c) − g ε_φ(z_t, ∅), on every channel; g a number or (B,)."""
+    if isinstance(g, Tensor):
+        g = g.view(-1, 1, 1, 1)
+    return (1 + g) * eps_c - g * eps_empty
+
+
+# ------------------------------------------------------------------------------- the guides
+
+@dataclass(frozen=True)
+class GuideConfig:
+    """What a guide is; with the base's `UNetConfig` it fixes every shape.
+
+    width   C of the tiny guide; 0 takes 2 · model_channels: 640 for SD 1.5, 8,273,920 parameters
+    pool    how the tiny guide turns L tokens into one vector, which Eq. 5 leaves open: "mean", "end"
+            (the end-of-text token) or "attention" (`queries` learned queries, each with its own
+            share of the C channels)
+    form    "sum" is Eq. 5; in "product" g multiplies what the timestep and the text say
+    """
+
+    kind: str = "tiny"
+    width: int = 0
+    pool: str = "attention"
+    queries: int = 16
+    form: str = "sum"
+
+
+class TinyGuide(nn.Module):
+    """Eq. 5: y = Z(γ + Z(c_timestep; Θ_z1) + Z(c_text; Θ_z2); Θ_z3), one Θ_z3 an injection point.
+
+    Z is a zero-initialised 1×1 convolution; on a vector that is a linear layer. z_t never enters, so
+    the y of all steps of a run can be had in one call, before the first.
+    """
+
+    reads_latent = False
+
+    def __init__(self, base: UNetConfig, config: GuideConfig = GuideConfig()):
+        super().__init__()
+        self.guide_config = config
+        width = config.width or 2 * base.model_channels
+        self.theta_z1 = nn.Linear(4 * base.model_channels, width, bias=False)
+        self.theta_z2 = nn.Linear(base.context_dim, width, bias=False)
+        self.theta_z3 = nn.ModuleList(
+            nn.Linear(width, channels, bias=False) for channels in injection_channels(base))
+        for layer in (self.theta_z1, self.theta_z2, *self.theta_z3):
+            nn.init.zeros_(layer.weight)
+        if config.pool == "attention":
+            if width % config.queries:
+                raise ValueError(f"queries is {config.queries}: it must divide the width {width}")
+            self.query = nn.Parameter(torch.randn(config.queries, base.context_dim) * 0.1)
+        elif config.pool not in ("mean", "end"):
+            raise ValueError(f"pool is {config.pool!r}: use attention, mean or end")
+
+    def start_from(self, unet: UNet) -> None:
+        """A fresh tiny guide takes nothing from the base."""
+
+    def read_text(self, c: Tensor) -> Tensor:
+        """Z(c_text; Θ_z2): states (B, L, D) to (B, C)."""
+        if self.guide_config.pool == "mean":
+            return self.theta_z2(c.mean(1))
+        if self.guide_config.pool == "end":
+            return self.theta_z2(c[:, -1])        # padded with it, the last is an end-of-text token
+        share = torch.softmax(c @ self.query.T, dim=1)                          # (B, L, Q)
+        pooled = share.mT @ c                                                   # (B, Q, D)
+        weight = self.theta_z2.weight.view(len(self.query), -1, c.shape[-1])    # (Q, C/Q, D)
+        return torch.einsum("bqd,qkd->bqk", pooled, weight).flatten(1)          # (B, C)
+
+    def forward(self, g: Tensor, emb: Tensor, c: Tensor, z: Tensor | None = None) -> list[Tensor]:
+        """Guidance g (B,), base's time embedding emb (B, E), prompt c (B, L, D) to 13 (B, C_i, 1, 1).
+
+        z is taken for the sake of one interface, and not read.
+        """
+        said = self.theta_z1(emb) + self.read_text(c)                          # (B, C)
+        gamma = g[:, None].to(said)                                            # (B, 1)
+        h = gamma + said if self.guide_config.form == "sum" else gamma * (1 + said)
+        return [theta(h)[:, :, None, None] for theta in self.theta_z3]
+
+
+class FullGuide(Encoder):
+    """Fig. 4a, a ControlNet: the base's encoder once more, a hint encoder, zero convolutions.
+
+    Names are ControlNet's own. The hint is g / 10 broadcast to a picture of eight times the latent's
+    sides; what becomes of it depends on g alone, so it too is computed once a run.
+    """
+
+    reads_latent = True
+
+    def __init__(self, base: UNetConfig, config: GuideConfig = GuideConfig(kind="full")):
+        super().__init__(base)
+        self.guide_config, channels = config, injection_channels(base)
+        self.input_hint_block = _hint_encoder(base.model_channels)
+        self.zero_convs = nn.ModuleList(nn.Sequential(_zero_conv(ch)) for ch in channels[:-1])
+        self.middle_block_out = nn.Sequential(_zero_conv(channels[-1]))
+
+    def start_from(self, unet: UNet) -> None:
+        """Copies the base's encoder: the zero convolutions still make every output 0."""
+        encoder = {k: v for k, v in unet.state_dict().items()
+                   if k.startswith(("time_embed.", "input_blocks.", "middle_block."))}
+        self.load_state_dict(encoder, strict=False)
+
+    def hint(self, g: Tensor, z: Tensor) -> Tensor:
+        """Guidance g (B,) to the hint's features (B, model_channels, H, W) for latents like z."""
+        plain = (g / G_SCALE).to(z).view(-1, 1, 1, 1)
+        return self.input_hint_block(plain.expand(-1, 3, 8 * z.shape[2], 8 * z.shape[3]))
+
+    def forward(self, g: Tensor, emb: Tensor, c: Tensor, z: Tensor, t: Tensor | None = None,
+                hint: Tensor | None = None) -> list[Tensor]:
+        """As `TinyGuide.forward`, and latents z (B, Z, H, W); y has the shapes of the skips.
+
+        t (B,) are the timesteps, from which it makes its own time embedding (emb is the base's);
+        hint is what `hint` returned, where that is known already.
+        """
+        emb = emb if t is None else self.embed_time(t)
+        h, features = z, []
+        for i, block in enumerate(self.input_blocks):
+            h = block(h, emb, c)
+            if i == 0:
+                h = h + (self.hint(g, z) if hint is None else hint)
+            features.append(h)
+        features.append(self.middle_block(h, emb, c))
+        return [conv(f) for conv, f in zip([*self.zero_convs, self.middle_block_out], features)]
+
+
+def _zero_conv(channels: int, c_in: int | None = None) -> nn.Conv2d:
+    conv = nn.Conv2d(c_in or channels, channels, 3 if c_in else 1, padding=1 if c_in else 0)
+    nn.init.zeros_(conv.weight)
+    nn.init.zeros_(conv.bias)
+    return conv
+
+
+def _hint_encoder(channels: int) -> nn.Sequential:
+    """Eight 3×3 convolutions from 3 channels at picture size to `channels` at latent size."""
+    layers: list[nn.Module] = []
+    for c_in, c_out, stride in ((3, 16, 1), (16, 16, 1), (16, 32, 2), (32, 32, 1), (32, 96, 2),
+                                (96, 96, 1), (96, 256, 2)):
+        layers += [nn.Conv2d(c_in, c_out, 3, stride, padding=1), nn.SiLU()]
+    return nn.Sequential(*layers, _zero_conv(channels, 256))
+
+
+# ------------------------------------------------------------------------------- the losses
+
+@dataclass
+class Distilled:
+    """What one distillation step yields: the loss, and the share of the correction unexplained."""
+
+    loss: Tensor           # mean over the batch, with gradients
+    error: Tensor          # (B,) ‖e − e_teacher‖²
+    correction: Tensor     # (B,) ‖ε_c − e_teacher‖², what no guide at all would leave
+
+    @property
+    def unexplained(self) -> Tensor:
+        """‖e − e_teacher‖² / ‖ε_c − e_teacher‖² over the batch: 1 for a fresh guide, 0 for a perfect."""
+        return self.error.sum() / self.correction.sum()
+
+
+def _compare(e: Tensor, e_teacher: Tensor, eps_c: Tensor, weight: Tensor | float = 1.0) -> Distilled:
+    error = (e.float() - e_teacher).square().mean((1, 2, 3))                   # (B,)
+    correction = (eps_c - e_teacher).square().mean((1, 2, 3))
+    return Distilled((weight * error).mean(), error.detach(), correction)
+
+
+def _guide_features(guide: nn.Module, g: Tensor, emb: Tensor, c: Tensor, z: Tensor, t: Tensor) -> list:
+    return guide(g, emb, c, z, t) if guide.reads_latent else guide(g, emb, c)
+
+
+def cfg_distillation(unet: UNet, guide: nn.Module, z: Tensor, t: Tensor, c: Tensor, empty: Tensor,
+                     g: Tensor) -> Distilled:
+    """Algorithm 1: L = ‖e_teacher − e‖², t and g one a sample.
+
+    z (B, Z, H, W), t (B,), c and empty (B, L, D), g (B,). The guide touches only the decoder, so the
+    student's encoder pass is the conditional teacher's and runs once; nothing before the decoder
+    holds a gradient.
+    """
+    with torch.no_grad():
+        emb = unet.embed_time(t)
+        skips, h = unet.encode(z, emb, c)
+        eps_c = unet.decode(skips, h, emb, c).float()
+        eps_empty = unet.decode(*unet.encode(z, emb, empty), emb, empty).float()
+        e_teacher = cfg(eps_c, eps_empty, g)                                   # Eq. 3
+    y = _guide_features(guide, g, emb, c, z, t)
+    return _compare(unet.decode(skips, h, emb, c, y), e_teacher, eps_c)        # Eq. 4
+
+
+def halving_target(z: Tensor, z_end: Tensor, t: Tensor, t_end: Tensor) -> Tensor:
+    """Section 4.4: the one ε̂* whose single DDIM step from z_t lands on the teacher's z″ at t″.
+
+    x̂* = (z″ − (σ_t″ / σ_t) z_t) / (α_t″ − (σ_t″ / σ_t) α_t) and ε̂* = (z_t − α_t x̂*) / σ_t.
+    """
+    (alpha, sigma), (alpha_end, sigma_end) = alpha_sigma(t), alpha_sigma(t_end)
+    x = (z_end - sigma_end / sigma * z) / (alpha_end - sigma_end / sigma * alpha)
+    return (z - alpha * x) / sigma
+
+
+def truncated_snr(t: Tensor) -> Tensor:
+    """(B,) weight of the ε error that makes it Salimans & Ho's max(α²/σ², 1) on the x̂ error."""
+    alpha, sigma = alpha_sigma(t)
+    return torch.maximum(sigma / alpha, torch.ones_like(alpha)).square().flatten()
+
+
+def halving(unet: UNet, guide: nn.Module, teacher: nn.Module, z: Tensor, t: Tensor, t_mid: Tensor,
+            t_end: Tensor, c: Tensor, g: Tensor, weight: Callable | None = None) -> Distilled:
+    """Section 4.4: one step of the guide learns what two DDIM steps t → t′ → t″ of the teacher do.
+
+    Teacher and student share the base's encoder pass at t. weight(t) weighs the squared ε error.
+    """
+    with torch.no_grad():
+        emb, emb_mid = unet.embed_time(t), unet.embed_time(t_mid)
+        skips, h = unet.encode(z, emb, c)
+        eps_c = unet.decode(skips, h, emb, c).float()
+        y = _guide_features(teacher, g, emb, c, z, t)
+        z_mid = ddim_step(z, unet.decode(skips, h, emb, c, y).float(), t, t_mid)
+        y = _guide_features(teacher, g, emb_mid, c, z_mid, t_mid)
+        eps_mid = unet.decode(*unet.encode(z_mid, emb_mid, c), emb_mid, c, y).float()
+        target = halving_target(z, ddim_step(z_mid, eps_mid, t_mid, t_end), t, t_end)
+    y = _guide_features(guide, g, emb, c, z, t)
+    return _compare(unet.decode(skips, h, emb, c, y), target, eps_c, weight(t) if weight else 1.0)
+
+
+# ------------------------------------------------------------------------------- sampling
+
+@torch.no_grad()
+def sample(unet: UNet, z: Tensor, c: Tensor, g: float, steps: int, guide: nn.Module | None = None,
+           empty: Tensor | None = None, sampler: str = "ddim",
+           progress: Callable[[], object] = lambda: None) -> Tensor:
+    """Latents (B, Z, H, W) from standard normal noise z, float32, under prompts c (B, L, D).
+
+    With a guide one pass a step (Eq. 4); with `empty` (B, L, D) CFG, two passes as one batch (Eq. 3);
+    with neither no guidance. g is Eq. 3's: 0 is none. progress() is called once a prediction.
+    """
+    dtype, grid = next(unet.parameters()).dtype, step_grid(steps)
+    times = torch.tensor(grid[:-1], device=z.device)
+    embs = unet.embed_time(times)                                              # (N, E)
+    guidance = torch.full((len(z),), g, dtype=torch.float32, device=z.device)
+    features = guide and guide_features(guide, guidance, embs, times, c, z.to(dtype))
+
+    def predict(z: Tensor, i: int) -> Tensor:
+        progress()
+        z, emb = z.to(dtype), embs[i].expand(len(z), -1)
+        if guide is not None:
+            return unet.decode(*unet.encode(z, emb, c), emb, c, features(z, i)).float()
+        if empty is None:
+            return unet.decode(*unet.encode(z, emb, c), emb, c).float()
+        both, z, emb = torch.cat([c, empty]), torch.cat([z, z]), torch.cat([emb, emb])
+        eps = unet.decode(*unet.encode(z, emb, both), emb, both).float()
+        return cfg(*eps.chunk(2), g)
+
+    return SAMPLERS[sampler](predict, z, grid)
+
+
+def guide_features(guide: nn.Module, g: Tensor, embs: Tensor, times: Tensor, c: Tensor,
+                   z: Tensor) -> Callable[[Tensor, int], list[Tensor]]:
+    """A function features(z, i) for a whole run: what no step changes is computed here, once.
+
+    g (B,), embs (N, E) and times (N,) of all steps, c (B, L, D), z like the latents to come.
+    """
+    n, b = len(times), len(c)
+    if guide.reads_latent:
+        hint, own = guide.hint(g, z), guide.embed_time(times)
+        return lambda z, i: guide(g, own[i].expand(b, -1), c, z, hint=hint)
+    y = guide(g.repeat(n), embs.repeat_interleave(b, 0), c.repeat(n, 1, 1))    # (N B, C_i, 1, 1)
+    steps = [layer.unflatten(0, (n, b)) for layer in y]
+    return lambda z, i: [layer[i] for layer in steps]
+
+
+def noise(seeds: Iterable[int], shape: tuple[int, ...]) -> Tensor:
+    """Standard normal noise (B, *shape), float32: one CPU generator a seed, one seed a picture.
+
+    So neither batch nor device changes a picture, and the noise is diffusers' for the same seed.
+    """
+    return torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(s)) for s in seeds])
+
+
+# ------------------------------------------------------------------------------- the base, and files
+
+@dataclass
+class Base:
+    """A frozen Stable Diffusion: three networks, the tokenizer, and where they came from."""
+
+    unet: UNet
+    vae: VAE
+    text: TextEncoder
+    tokenizer: Tokenizer
+    path: Path
+
+    @property
+    def name(self) -> str:
+        """The file's or folder's name; the repository's for a snapshot in the Hugging Face cache."""
+        if self.path.parent.name == "snapshots":
+            return self.path.parent.parent.name.split("--")[-1]
+        return self.path.stem if self.path.is_file() else self.path.resolve().name
+
+    def embed(self, texts: list[str]) -> Tensor:
+        """Prompts to states (B, 77, D)."""
+        return embed(self.text, self.tokenizer, texts)
+
+    def decode(self, z: Tensor) -> Tensor:
+        """Latents to pictures (B, 3, H, W) uint8, one at a time so that memory stays flat.
+
+        float16 can overflow in the VAE: a picture that is not finite is decoded again in float32.
+        """
+        dtype, pictures = next(self.vae.parameters()).dtype, []
+        for latent in z.split(1):
+            x = self.vae.decode(latent.to(dtype)).float()
+            if not x.isfinite().all():
+                x = self.vae.float().decode(latent.float())
+                self.vae.to(dtype)
+            pictures.append(((x / 2 + 0.5).clamp(0, 1) * 255).round().byte())
+        return torch.cat(pictures)
+
+
+MINI = Path(__file__).resolve().parent / "mini" / "mini.safetensors"
+HUB_NAMES = ("models--stable-diffusion-v1-5--stable-diffusion-v1-5",
+             "models--runwayml--stable-diffusion-v1-5",
+             "models--Comfy-Org--stable-diffusion-v1-5-archive")
+
+
+def find_weights(given: str | Path | None = None) -> Path:
+    """The base to use: the one given, else one in ./weights, in the Hugging Face cache, or the mini."""
+    if given == "mini":
+        return MINI
+    if given:
+        return Path(given).expanduser()
+    hub = Path(os.environ.get("HF_HUB_CACHE") or
+               Path(os.environ.get("HF_HOME") or "~/.cache/huggingface").expanduser() / "hub")
+    snapshots = [s for name in HUB_NAMES for s in sorted((hub / name / "snapshots").glob("*"))]
+    for folder in (Path("weights"), *snapshots):
+        files = sorted(folder.glob("*.safetensors"))
+        whole = [f for f in files if "v1-5" in f.name] or (files if folder.name == "weights" else [])
+        for candidate in (*whole, folder, *sorted(folder.glob("*/"))):
+            if candidate.is_file() or (candidate / "unet").is_dir() and (candidate / "vae").is_dir():
+                return candidate
+    return MINI
+
+
+def load_base(path: Path, dtype: torch.dtype = torch.float32,
+              device: str | torch.device = "cpu") -> Base:
+    """All three networks of a checkpoint, frozen. Raises CheckpointError with one clear sentence."""
+    return Base(load_unet(path, dtype, device), load_vae(path, dtype, device),
+                load_text_encoder(path, dtype, device), Tokenizer(), Path(path))
+
+
+def fingerprint(path: Path) -> str:
+    """SHA-256 of a checkpoint file, hex, or of its UNet's files where it is a folder."""
+    files = [path] if path.is_file() else sorted(path.glob("unet/*.safetensors"))
+    digest = hashlib.sha256()
+    for file in files:
+        with file.open("rb") as f:
+            while block := f.read(1 << 22):
+                digest.update(block)
+    return digest.hexdigest()
+
+
+def build_guide(base: UNetConfig, config: GuideConfig) -> nn.Module:
+    kinds = {"tiny": TinyGuide, "full": FullGuide}
+    if config.kind not in kinds:
+        raise ValueError(f"guide kind {config.kind!r} is unknown: use tiny or full")
+    return kinds[config.kind](base, config)
+
+
+def save_guide(path: Path, guide: nn.Module, config: GuideConfig, about: dict) -> None:
+    """fp16 safetensors; metadata `guide` (its configuration) and `about` (base, stage, settings)."""
+    tensors = {k: v.half() for k, v in guide.state_dict().items()}
+    save_tensors(path, tensors, {"guide": json.dumps(asdict(config)), "about": json.dumps(about)})
+
+
+def read_about(path: Path) -> tuple[GuideConfig, dict]:
+    """A guide file's configuration and what it says of itself, without its weights."""
+    try:
+        with safe_open(path, framework="pt") as opened:
+            metadata = opened.metadata() or {}
+        return GuideConfig(**json.loads(metadata["guide"])), json.loads(metadata["about"])
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path} does not exist: pass a guide that train.py saved") from error
+    except (SafetensorError, KeyError, TypeError, ValueError, OSError) as error:
+        raise CheckpointError(f"{path} is not a guide: pass a .safetensors that train.py saved, "
+                              "or tiny, full, cfg or none") from error
+
+
+def load_guide(path: Path, base: UNetConfig, dtype: torch.dtype = torch.float32,
+               device: str | torch.device = "cpu") -> nn.Module:
+    """The guide in a file, for a base of the shapes it was made for; eval mode, no gradients."""
+    config, _ = read_about(path)
+    with torch.device("meta"):
+        guide = build_guide(base, config).to(dtype)
+    with safe_open(path, framework="pt") as opened:
+        tensors = {name: opened.get_tensor(name) for name in opened.keys()}
+    try:
+        load_strict(guide, tensors, path)
+    except CheckpointError as error:
+        raise CheckpointError(f"{path} was trained for a base of another size: use it with a "
+                              f"checkpoint of that size, or train one for this") from error
+    return guide.to(device).eval().requires_grad_(False)
+
+
+# ------------------------------------------------------------------------------- keeping a run
+
+def save_tensors(path: str | Path, tensors: dict[str, Tensor],
+                 metadata: dict[str, str] | None = None) -> None:
     """Write a safetensors file under a temporary name, then rename: never half a file."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, temporary, metadata)
-    temporary.replace(path)
+    try:
+        save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, temporary, metadata)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
@@ -25,9 +532,10 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
 
 def load_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
     """Inverse of `optimizer_tensors`; other names are passed over."""
-    state = {}
+    state: dict[int, dict[str, Tensor]] = {}
     for name, value in tensors.items():
         if name.startswith("optimizer."):
             _, i, k = name.split(".", 2)
             state.setdefault(int(i), {})[k] = value
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+    groups = optimizer.state_dict()["param_groups"]
+    optimizer.load_state_dict({"state": state, "param_groups": groups})

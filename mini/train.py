@@ -99,7 +99,7 @@ def fit(config: Config, name: str, module: nn.Module, loss: Callable[[torch.Gene
     if path.exists():
         tensors = load_file(path, config.device)
         module.load_state_dict({k[7:]: v for k, v in tensors.items() if k.startswith("module.")})
-        average = {k[8:]: v for k, v in tensors.items() if k.startswith("average.")}
+        average = {k: tensors[f"average.{k}"] for k in params}
         load_optimizer(optimizer, tensors)
         log = json.loads((Path(config.work) / f"{name}.json").read_text())
         done, seconds, curve = log["updates"], log["seconds"], log["curve"]
