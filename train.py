@@ -1,0 +1,473 @@
+"""Train a guide: `python train.py --guide tiny`.
+
+Stage one is Algorithm 1: the guide learns to give in one pass what classifier-free guidance gives in
+two. Then, from 64 steps to 32, 16 and 8, the guide learns to do two of its own steps in one
+(Section 4.4). The base is never changed. Each stage's guide is saved as it ends:
+
+    guides/BASE/tiny.safetensors, tiny-32.safetensors, tiny-16.safetensors, tiny-8.safetensors
+
+Every update draws from a generator of its own (seed, stage, update), so a run that was killed and
+resumed is, on a CPU, equal to an uninterrupted one, bit for bit.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import random
+import sys
+import time
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, UnidentifiedImageError
+from safetensors import safe_open
+from torch import Tensor, nn
+from tqdm import tqdm
+
+import ppdd
+from mini import postcards
+from ppdd import Base, Distilled, GuideConfig
+from unet import CheckpointError
+
+IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+
+
+class BadInput(ValueError):
+    """Something the person gave can't be used; the message is all they need to see."""
+
+
+def option(default, text: str, **more):
+    """A field of a configuration, with the help text of its flag."""
+    return field(default=default, metadata={"help": text, **more})
+
+
+@dataclass(frozen=True)
+class Config:
+    """Settings of a run; the command line is generated from them, and they go into every file."""
+
+    guide: str = option("tiny", "which guide to train", choices=("tiny", "full"))
+    weights: str = option("", "Stable Diffusion 1.5 to guide; looked for, else the miniature")
+    data: str = option("", "folder of pictures with .txt captions (the miniature draws its own)")
+    size: int = option(512, "side of the training pictures, pixels (the miniature: always 64)")
+    g_range: tuple[float, float] = option((2.0, 9.0), "g is uniform in LOW HIGH; 8 8 fixes it")
+    uncond: str = option("", "a negative prompt to bake into the guide in place of ∅")
+    updates: int = option(0, "updates of stage one; 0: as measured for this base and guide")
+    halving_updates: int = option(0, "updates of each halving stage; 0: as measured")
+    max_updates: int = option(0, "no stage is longer than this; 0: no such limit")
+    start_steps: int = option(64, "the first halving's teacher takes this many steps")
+    end_steps: int = option(8, "halve down to this many steps; start_steps: stage one only")
+    batch: int = option(64, "pictures an update")
+    lr: float = option(0.0, "learning rate of stage one; 0: as measured for this base and guide")
+    halving_lr: float = option(0.0, "learning rate of the halving stages; 0: as measured")
+    loss: str = option("snr", "halving: weigh ε error plainly or by truncated SNR",
+                       choices=("eps", "snr"))
+    pool: str = option("attention", "tiny: how text becomes a vector",
+                       choices=("attention", "mean", "end"))
+    form: str = option("sum", "tiny: Eq. 5's sum, or g times what time and text say",
+                       choices=("sum", "product"))
+    pictures: int = option(6000, "the miniature's training pictures")
+    clip: float = option(1.0, "gradients are clipped to this norm")
+    seed: int = option(0, "seed of everything")
+    device: str = option("", "cuda or cpu; default: cuda where there is one")
+    dtype: str = option("auto", "autocast; auto: bf16 on CUDA, none on CPU",
+                        choices=("auto", "fp32", "bf16"))
+    compile: bool = option(False, "torch.compile the base; needs a C++ compiler on a CPU")
+    out: str = option("guides", "finished guides go to OUT/BASE")
+    run: str = option("", "folder of checkpoint, log and pictures; default runs/BASE/GUIDE")
+    init: str = option("", "start stage one's guide from this file and skip stage one")
+    resume: bool = option(False, "go on where the run in this folder stopped")
+    save_every: int = option(500, "updates between checkpoints")
+    grid_every: int = option(1000, "updates between pictures of CFG beside guide; 0: none")
+
+
+# Learning rate and updates of stage one and of each halving, by size of base and kind of guide. The
+# miniature's were measured (results/tuning.json); the others are starting points, not measured.
+MEASURED = {
+    ("mini", "tiny"): (3e-3, 2500, 1e-3, 800),
+    ("mini", "full"): (1e-3, 2500, 5e-4, 800),
+    ("sd", "tiny"): (1e-3, 20_000, 3e-4, 5_000),
+    ("sd", "full"): (1e-4, 20_000, 3e-5, 5_000),
+}
+
+
+def complete(config: Config, base: Base) -> Config:
+    """The configuration with every 0 and "auto" replaced by what it stands for."""
+    size = "sd" if base.unet.config.model_channels >= 256 else "mini"
+    lr, updates, halving_lr, halving_updates = MEASURED[size, config.guide]
+    limit = config.max_updates or math.inf
+    fixed = config.g_range[0] == config.g_range[1]
+    name = config.guide + (f"-g{config.g_range[0]:g}" if fixed else "")
+    return replace(
+        config, lr=config.lr or lr, halving_lr=config.halving_lr or halving_lr,
+        updates=int(min(config.updates or updates, limit)),
+        halving_updates=int(min(config.halving_updates or halving_updates, limit)),
+        run=config.run or f"runs/{base.name}/{name}")
+
+
+def check(config: Config) -> None:
+    """Raises BadInput for settings that cannot work, before anything is loaded."""
+    low, high = config.g_range
+    for wrong, sentence in (
+        (not (0 <= low <= high < 100), f"--g-range {low:g} {high:g}: give LOW <= HIGH, from 0 to 100"),
+        (config.batch < 1, f"--batch {config.batch}: at least 1"),
+        (config.size % 64 or config.size < 64, f"--size {config.size}: a multiple of 64 pixels"),
+        (min(config.updates, config.halving_updates, config.max_updates, config.grid_every) < 0,
+         "a number of updates can't be negative"),
+        (config.save_every < 1, f"--save-every {config.save_every}: at least 1"),
+        (config.pictures < 1, f"--pictures {config.pictures}: at least 1"),
+        (not (0 <= config.lr < 1 and 0 <= config.halving_lr < 1), "a learning rate is from 0 to 1"),
+        (not config.clip > 0, f"--clip {config.clip}: a norm above 0"),
+        (not 0 <= config.seed < 2**31, f"--seed {config.seed}: from 0 to 2147483647"),
+        (not _halves(config.start_steps, config.end_steps), "--start-steps must be --end-steps "
+         "times a power of two, at most 1000: 64 and 8, for example"),
+        (config.device.startswith("cuda") and not torch.cuda.is_available(),
+         f"--device {config.device}: no CUDA device here; leave it out or pass cpu"),
+    ):
+        if wrong:
+            raise BadInput(sentence)
+
+
+def _halves(start: int, end: int) -> bool:
+    return 1 <= end <= start <= 1000 and start % end == 0 and (start // end).bit_count() == 1
+
+
+# ------------------------------------------------------------------------------- data
+
+class Postcards:
+    """The miniature's own pictures and captions, drawn and encoded once, kept in memory."""
+
+    def __init__(self, base: Base, count: int, seed: int):
+        generator, rng = torch.Generator().manual_seed(seed), random.Random(seed)
+        device, moments, states = next(base.unet.parameters()).device, [], []
+        attributes = postcards.sample_attributes(count, generator)
+        for part in tqdm(attributes.split(250), desc="drawing postcards", leave=False):
+            pictures = postcards.draw(part, generator=generator).to(device)
+            moments.append(base.vae.encode(pictures * 2 - 1))
+            states.append(base.embed([postcards.caption(a, rng) for a in part]).half())
+        self.moments, self.states = torch.cat(moments), torch.cat(states)
+
+    def __len__(self) -> int:
+        return len(self.moments)
+
+    def __getitem__(self, rows: list[int]) -> tuple[Tensor, Tensor]:
+        """Moments (B, 2 Z, H, W) and prompt states (B, L, D)."""
+        return self.moments[rows], self.states[rows].float()
+
+
+class Folder:
+    """Pictures with captions beside them (cat.jpg, cat.txt), encoded as they are needed."""
+
+    def __init__(self, base: Base, folder: str, size: int):
+        self.base, self.size, root = base, size, Path(folder).expanduser()
+        if not root.is_dir():
+            raise BadInput(f"--data {folder} is not a folder: give one of pictures with .txt captions")
+        self.files = [f for f in sorted(root.rglob("*")) if f.suffix.lower() in IMAGES
+                      and f.with_suffix(".txt").is_file()]
+        if not self.files:
+            raise BadInput(f"--data {folder} holds no picture with a caption: cat.jpg needs cat.txt")
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, rows: list[int]) -> tuple[Tensor, Tensor]:
+        files, device = [self.files[i] for i in rows], next(self.base.unet.parameters()).device
+        pictures = torch.stack([self.picture(f) for f in files]).to(device)
+        captions = [f.with_suffix(".txt").read_text(encoding="utf-8", errors="replace").strip()
+                    for f in files]
+        return self.base.vae.encode(pictures).float(), self.base.embed(captions).float()
+
+    def picture(self, file: Path) -> Tensor:
+        """(3, size, size) in −1 … 1: the short side resized, the middle cut out."""
+        try:
+            image = Image.open(file).convert("RGB")
+        except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
+            raise BadInput(f"{file} can't be read as a picture ({error}): take it out") from error
+        scale = self.size / min(image.size)
+        image = image.resize([max(self.size, round(s * scale)) for s in image.size],
+                             Image.Resampling.LANCZOS)
+        left, top = (image.width - self.size) // 2, (image.height - self.size) // 2
+        image = image.crop((left, top, left + self.size, top + self.size))
+        return torch.from_numpy(np.array(image)).permute(2, 0, 1) / 127.5 - 1
+
+
+# ------------------------------------------------------------------------------- a run
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage: Algorithm 1 where steps is 0, else a halving that ends at this many steps."""
+
+    steps: int
+    updates: int
+    lr: float
+
+    @property
+    def suffix(self) -> str:
+        return f"-{self.steps}" if self.steps else ""
+
+    @property
+    def title(self) -> str:
+        return f"to {self.steps} steps" if self.steps else "CFG in one pass"
+
+
+def stages(config: Config) -> list[Stage]:
+    result, steps = [Stage(0, config.updates, config.lr)], config.start_steps
+    while steps > config.end_steps:
+        steps //= 2
+        result.append(Stage(steps, config.halving_updates, config.halving_lr))
+    return result
+
+
+class Run:
+    """A guide in training: what it needs, where it stands, and how that is kept on disk."""
+
+    def __init__(self, config: Config, base: Base, data: Postcards | Folder):
+        self.config, self.base, self.data = config, base, data
+        self.device = next(base.unet.parameters()).device
+        self.folder = Path(config.run)
+        self.guide_config = GuideConfig(kind=config.guide, pool=config.pool, form=config.form)
+        torch.manual_seed(config.seed)
+        self.guide, self.teacher = self.new_guide(), self.new_guide().requires_grad_(False)
+        self.guide.start_from(base.unet)
+        self.empty = base.embed([config.uncond]).float()
+        self.stages, self.stage, self.update = stages(config), 0, 0
+        self.new_optimizer()
+
+    def new_guide(self) -> nn.Module:
+        return ppdd.build_guide(self.base.unet.config, self.guide_config).to(self.device)
+
+    def new_optimizer(self) -> None:
+        self.optimizer = torch.optim.AdamW(self.guide.parameters(), weight_decay=0.0)
+
+    # -- one update
+
+    def draw(self, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """x and noise (B, Z, H, W), prompt states (B, L, D) and g (B,) for one update."""
+        rows = torch.randint(len(self.data), (self.config.batch,), generator=generator).tolist()
+        moments, c = self.data[rows]
+        shape = (2, len(rows), moments.shape[1] // 2, *moments.shape[2:])
+        noise = torch.randn(shape, generator=generator).to(self.device)
+        low, high = self.config.g_range
+        g = low + (high - low) * torch.rand(len(rows), generator=generator).to(self.device)
+        return self.base.vae.sample(moments, noise[0]), noise[1], c, g
+
+    def distill(self, stage: Stage, generator: torch.Generator) -> Distilled:
+        """The loss of one batch: Algorithm 1, or a halving on the grid of the teacher's steps."""
+        x, noise, c, g = self.draw(generator)
+        if not stage.steps:
+            t = torch.randint(ppdd.TIMESTEPS, (len(x),), generator=generator).to(self.device)
+            z, empty = ppdd.add_noise(x, noise, t), self.empty.expand(len(x), -1, -1)
+            return ppdd.cfg_distillation(self.base.unet, self.guide, z, t, c, empty, g)
+        grid = torch.tensor(ppdd.step_grid(2 * stage.steps))
+        i = 2 * torch.randint(stage.steps, (len(x),), generator=generator)
+        t, t_mid, t_end = (grid[i + k].to(self.device) for k in range(3))
+        weight = ppdd.truncated_snr if self.config.loss == "snr" else None
+        return ppdd.halving(self.base.unet, self.guide, self.teacher, ppdd.add_noise(x, noise, t), t,
+                            t_mid, t_end, c, g, weight)
+
+    def step(self, stage: Stage) -> tuple[float, float]:
+        """One update; returns the loss and the unexplained share. Stops where they are not finite."""
+        seed = ((self.config.seed * 31 + self.stage) * 1_000_003 + self.update) % 2**63
+        for group in self.optimizer.param_groups:
+            group["lr"] = stage.lr * rate(self.update, stage.updates)
+        bf16 = self.config.dtype == "bf16" or self.config.dtype == "auto" and self.device.type == "cuda"
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=bf16):
+            result = self.distill(stage, torch.Generator().manual_seed(seed))
+        loss, unexplained = torch.stack([result.loss.detach(), result.unexplained]).tolist()
+        if not math.isfinite(loss):
+            raise BadInput(
+                f"the loss is {loss} at update {self.update + 1} ({stage.title}): go on from the last "
+                f"checkpoint with --resume and a lower --{'halving-' * bool(stage.steps)}lr "
+                f"(now {stage.lr:g}), or with --dtype fp32")
+        self.optimizer.zero_grad(set_to_none=True)
+        result.loss.backward()
+        nn.utils.clip_grad_norm_(self.guide.parameters(), self.config.clip)
+        self.optimizer.step()
+        self.update += 1
+        return loss, unexplained
+
+    # -- the whole run
+
+    def train(self) -> None:
+        while self.stage < len(self.stages):
+            stage = self.stages[self.stage]
+            self.train_stage(stage)
+            self.save_guide(stage)
+            self.teacher.load_state_dict(self.guide.state_dict())
+            self.stage, self.update = self.stage + 1, 0
+            self.new_optimizer()
+            self.save()
+        (self.folder / "state.safetensors").unlink(missing_ok=True)
+
+    def train_stage(self, stage: Stage) -> None:
+        recent = []
+        with tqdm(total=stage.updates, initial=self.update, desc=stage.title) as bar:
+            while self.update < stage.updates:
+                recent.append(self.step(stage))
+                bar.update()
+                last = self.update == stage.updates
+                if self.update % 50 == 0 or last:
+                    loss, unexplained = np.mean(recent, axis=0)
+                    bar.set_postfix(loss=f"{loss:.4g}", unexplained=f"{unexplained:.1%}")
+                    self.log(stage, loss, unexplained)
+                    recent = []
+                if self.config.grid_every and (self.update % self.config.grid_every == 0 or last):
+                    self.draw_grid(stage)
+                if self.update % self.config.save_every == 0:
+                    self.save()
+
+    def log(self, stage: Stage, loss: float, unexplained: float) -> None:
+        entry = {"stage": self.stage, "steps": stage.steps, "update": self.update, "loss": loss,
+                 "unexplained": unexplained, "lr": self.optimizer.param_groups[0]["lr"],
+                 "time": round(time.time(), 1)}
+        with (self.folder / "log.jsonl").open("a") as file:
+            file.write(json.dumps(entry) + "\n")
+
+    def draw_grid(self, stage: Stage) -> None:
+        """CFG above, the guide below, from the same noise, at this stage's number of steps."""
+        prompts = ["a big red boat on the sea at night, on the left",
+                   "a small yellow house in the snow at noon, in the middle",
+                   "a big green cactus in the desert at sunset, on the right",
+                   "a large purple balloon in a meadow in the morning, on the left"]
+        side = self.config.size // 8 if len(self.base.vae.config.ch_mult) == 4 else 8
+        side = 8 if isinstance(self.data, Postcards) else side
+        z = ppdd.noise(range(4), (4, side, side)).to(self.device)
+        c, g, steps = self.base.embed(prompts).float(), min(8.0, self.config.g_range[1]), stage.steps or 25
+        empty = self.empty.expand(4, -1, -1)
+        rows = [ppdd.sample(self.base.unet, z, c, g, steps, empty=empty),
+                ppdd.sample(self.base.unet, z, c, g, steps, guide=self.guide)]
+        pictures = torch.cat([torch.cat(list(self.base.decode(row).cpu()), dim=2) for row in rows], 1)
+        image = Image.fromarray(pictures.permute(1, 2, 0).numpy())
+        image.save(self.folder / f"{self.config.guide}{stage.suffix}-{self.update:06d}.png")
+
+    # -- on disk
+
+    def save_guide(self, stage: Stage) -> None:
+        low, high = self.config.g_range
+        fixed = f"-g{low:g}" if low == high else ""
+        path = Path(self.config.out) / self.base.name / f"{self.config.guide}{stage.suffix}{fixed}.safetensors"
+        about = {"base": self.base.name, "base_hash": ppdd.fingerprint(self.base.path),
+                 "stage": self.stage, "steps": stage.steps, "g_range": [low, high],
+                 "uncond": self.config.uncond, "updates": self.update, "seed": self.config.seed,
+                 "settings": asdict(self.config)}
+        ppdd.save_guide(path, self.guide, self.guide_config, about)
+        tqdm.write(f"saved {path}")
+
+    def save(self) -> None:
+        """The whole state in one safetensors file, written aside and renamed."""
+        tensors = {f"guide.{k}": v for k, v in self.guide.state_dict().items()}
+        tensors |= {f"teacher.{k}": v for k, v in self.teacher.state_dict().items()}
+        state = {"stage": self.stage, "update": self.update, "config": asdict(self.config)}
+        ppdd.save_tensors(self.folder / "state.safetensors",
+                          tensors | ppdd.optimizer_tensors(self.optimizer),
+                          {"state": json.dumps(state)})
+
+    def load(self) -> None:
+        """Go on from the last checkpoint; log lines written after it are dropped."""
+        path = self.folder / "state.safetensors"
+        with safe_open(path, framework="pt") as opened:
+            state = json.loads(opened.metadata()["state"])
+            tensors = {name: opened.get_tensor(name) for name in opened.keys()}
+        self.refuse_other_settings(state["config"])
+        self.stage, self.update = state["stage"], state["update"]
+        for name, module in (("guide.", self.guide), ("teacher.", self.teacher)):
+            module.load_state_dict({k.removeprefix(name): v for k, v in tensors.items()
+                                    if k.startswith(name)})
+        ppdd.load_optimizer(self.optimizer, tensors)
+        log = self.folder / "log.jsonl"
+        if log.exists():
+            lines = [line for line in log.read_text().splitlines()
+                     if (lambda e: (e["stage"], e["update"]) <= (self.stage, self.update))(json.loads(line))]
+            log.write_text("".join(line + "\n" for line in lines))
+
+    def refuse_other_settings(self, before: dict) -> None:
+        free = {"resume", "save_every", "grid_every", "device", "compile", "max_updates", "lr",
+                "halving_lr", "updates", "halving_updates", "dtype", "out", "init", "weights"}
+        now = json.loads(json.dumps(asdict(self.config)))
+        changed = [k for k in now if k not in free and before.get(k) != now[k]]
+        if changed:
+            raise BadInput(f"{self.folder} was begun with another {', '.join(changed)}: give the same, "
+                           "or another --run")
+
+
+def rate(update: int, total: int, warmup: int = 50) -> float:
+    """Share of the learning rate: a short warmup, then a cosine down to a twentieth."""
+    cosine = 0.5 * (1 + math.cos(math.pi * update / max(total, 1)))
+    return min(1.0, (update + 1) / warmup) * (0.05 + 0.95 * cosine)
+
+
+# ------------------------------------------------------------------------------- command line
+
+def parse(argv: list[str] | None = None) -> Config:
+    """The command line, one flag a field of `Config`."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    for f in fields(Config):
+        flag, more = "--" + f.name.replace("_", "-"), dict(f.metadata)
+        more["help"] += "" if f.default in ("", False) else " (%(default)s)"
+        if isinstance(f.default, bool):
+            parser.add_argument(flag, action="store_true", **more)
+        elif isinstance(f.default, tuple):
+            parser.add_argument(flag, type=float, nargs=2, metavar=("LOW", "HIGH"),
+                                default=f.default, **more)
+        else:
+            parser.add_argument(flag, type=type(f.default), default=f.default, **more)
+    given = vars(parser.parse_args(argv))
+    return Config(**given | {"g_range": tuple(given["g_range"])})
+
+
+def prepare(config: Config) -> Run:
+    """Load the base and the data, and stand where the run stopped, or at its beginning."""
+    check(config)
+    device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    path = ppdd.find_weights(config.weights)
+    base = ppdd.load_base(path, device=device)
+    base.unet.to(memory_format=torch.channels_last)
+    config = complete(config, base)
+    print(f"base: {base.name} ({path})")
+    data = load_data(config, base)
+    if config.compile:
+        base.unet.encode, base.unet.decode = (torch.compile(f) for f in (base.unet.encode, base.unet.decode))
+    run = Run(config, base, data)
+    state = run.folder / "state.safetensors"
+    if config.resume:
+        if not state.exists():
+            raise BadInput(f"{run.folder} holds no unfinished run: leave out --resume")
+        run.load()
+    elif state.exists():
+        raise BadInput(f"{run.folder} holds an unfinished run: go on with --resume, or give another --run")
+    elif run.folder.joinpath("log.jsonl").exists():
+        run.folder.joinpath("log.jsonl").unlink()
+    if config.init:
+        run.guide.load_state_dict(ppdd.load_guide(Path(config.init), base.unet.config).state_dict())
+        run.teacher.load_state_dict(run.guide.state_dict())
+        run.stage = max(run.stage, 1)
+    run.folder.mkdir(parents=True, exist_ok=True)
+    return run
+
+
+def load_data(config: Config, base: Base) -> Postcards | Folder:
+    if config.data:
+        return Folder(base, config.data, config.size)
+    if base.path != ppdd.MINI and base.unet.config.model_channels >= 256:
+        raise BadInput("--data is needed with these weights: a folder of pictures with .txt captions")
+    return Postcards(base, min(config.pictures, 40 * config.batch) if config.max_updates else
+                     config.pictures, config.seed)
+
+
+def main(argv: list[str] | None = None) -> None:
+    config = parse(argv)
+    try:
+        run = prepare(config)
+        run.train()
+    except KeyboardInterrupt:
+        raise SystemExit("stopped: --resume goes on from the last checkpoint") from None
+    except (BadInput, CheckpointError, OSError) as error:
+        print(f"train.py: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+if __name__ == "__main__":
+    main()
