@@ -31,7 +31,15 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from clip_text import TextEncoder, Tokenizer, embed, load_text_encoder
-from unet import CheckpointError, Encoder, UNet, UNetConfig, injection_channels, load_strict, load_unet
+from unet import (
+    CheckpointError,
+    Encoder,
+    UNet,
+    UNetConfig,
+    injection_channels,
+    load_strict,
+    load_unet,
+)
 from vae import VAE, load_vae
 
 TIMESTEPS = 1000
@@ -96,7 +104,7 @@ _PLMS = {1: (1.0,), 2: (3 / 2, -1 / 2), 3: (23 / 12, -16 / 12, 5 / 12),
 
 
 def plms(predict: Callable[[Tensor, int], Tensor], z: Tensor, grid: list[int]) -> Tensor:
-    """PLMS (Liu et al., 2022, without Runge-Kutta steps): DDIM steps along a mean of the last four ε̂.
+    """PLMS (Liu et al., 2022, without Runge-Kutta steps): DDIM along a mean of the last four ε̂.
 
     The first step is taken twice, the second time with the mean of both its ends. N + 1 passes.
     """
@@ -129,9 +137,9 @@ class GuideConfig:
     """What a guide is; with the base's `UNetConfig` it fixes every shape.
 
     width   C of the tiny guide; 0 takes 2 · model_channels: 640 for SD 1.5, 8,273,920 parameters
-    pool    how the tiny guide turns L tokens into one vector, which Eq. 5 leaves open: "mean", "end"
-            (the end-of-text token) or "attention" (`queries` learned queries, each with its own
-            share of the C channels)
+    pool    how the tiny guide turns L tokens into one vector, which Eq. 5 leaves open: "mean",
+            "end" (the end-of-text token) or "attention" (`queries` learned queries, each with
+            its own share of the C channels)
     form    "sum" is Eq. 5; in "product" g multiplies what the timestep and the text say
     """
 
@@ -145,8 +153,8 @@ class GuideConfig:
 class TinyGuide(nn.Module):
     """Eq. 5: y = Z(γ + Z(c_timestep; Θ_z1) + Z(c_text; Θ_z2); Θ_z3), one Θ_z3 an injection point.
 
-    Z is a zero-initialised 1×1 convolution; on a vector that is a linear layer. z_t never enters, so
-    the y of all steps of a run can be had in one call, before the first.
+    Z is a zero-initialised 1×1 convolution; on a vector that is a linear layer. z_t never enters,
+    so the y of all steps of a run can be had in one call, before the first.
     """
 
     reads_latent = False
@@ -183,7 +191,7 @@ class TinyGuide(nn.Module):
         return torch.einsum("bqd,qkd->bqk", pooled, weight).flatten(1)          # (B, C)
 
     def forward(self, g: Tensor, emb: Tensor, c: Tensor, z: Tensor | None = None) -> list[Tensor]:
-        """Guidance g (B,), base's time embedding emb (B, E), prompt c (B, L, D) to 13 (B, C_i, 1, 1).
+        """Guidance g (B,), base's time embedding (B, E), prompt c (B, L, D) to 13 (B, C_i, 1, 1).
 
         z is taken for the sake of one interface, and not read.
         """
@@ -196,8 +204,8 @@ class TinyGuide(nn.Module):
 class FullGuide(Encoder):
     """Fig. 4a, a ControlNet: the base's encoder once more, a hint encoder, zero convolutions.
 
-    Names are ControlNet's own. The hint is g / 10 broadcast to a picture of eight times the latent's
-    sides; what becomes of it depends on g alone, so it too is computed once a run.
+    Names are ControlNet's own. The hint is g / 10 broadcast to a picture of eight times the
+    latent's sides; what becomes of it depends on g alone, so it too is computed once a run.
     """
 
     reads_latent = True
@@ -266,17 +274,19 @@ class Distilled:
 
     @property
     def unexplained(self) -> Tensor:
-        """‖e − e_teacher‖² / ‖ε_c − e_teacher‖² over the batch: 1 for a fresh guide, 0 for a perfect."""
+        """‖e − e_teacher‖² / ‖ε_c − e_teacher‖²: 1 for a fresh guide, 0 for a perfect one."""
         return self.error.sum() / self.correction.sum()
 
 
-def _compare(e: Tensor, e_teacher: Tensor, eps_c: Tensor, weight: Tensor | float = 1.0) -> Distilled:
+def _compare(e: Tensor, e_teacher: Tensor, eps_c: Tensor,
+             weight: Tensor | float = 1.0) -> Distilled:
     error = (e.float() - e_teacher).square().mean((1, 2, 3))                   # (B,)
     correction = (eps_c - e_teacher).square().mean((1, 2, 3))
     return Distilled((weight * error).mean(), error.detach(), correction)
 
 
-def _guide_features(guide: nn.Module, g: Tensor, emb: Tensor, c: Tensor, z: Tensor, t: Tensor) -> list:
+def _guide_features(guide: nn.Module, g: Tensor, emb: Tensor, c: Tensor, z: Tensor,
+                    t: Tensor) -> list[Tensor]:
     return guide(g, emb, c, z, t) if guide.reads_latent else guide(g, emb, c)
 
 
@@ -284,9 +294,9 @@ def cfg_distillation(unet: UNet, guide: nn.Module, z: Tensor, t: Tensor, c: Tens
                      g: Tensor) -> Distilled:
     """Algorithm 1: L = ‖e_teacher − e‖², t and g one a sample.
 
-    z (B, Z, H, W), t (B,), c and empty (B, L, D), g (B,). The guide touches only the decoder, so the
-    student's encoder pass is the conditional teacher's and runs once; nothing before the decoder
-    holds a gradient.
+    z (B, Z, H, W), t (B,), c and empty (B, L, D), g (B,). The guide touches only the decoder, so
+    the student's encoder pass is the conditional teacher's and runs once; nothing before the
+    decoder holds a gradient.
     """
     with torch.no_grad():
         emb = unet.embed_time(t)
@@ -341,8 +351,9 @@ def sample(unet: UNet, z: Tensor, c: Tensor, g: float, steps: int, guide: nn.Mod
            progress: Callable[[], object] = lambda: None) -> Tensor:
     """Latents (B, Z, H, W) from standard normal noise z, float32, under prompts c (B, L, D).
 
-    With a guide one pass a step (Eq. 4); with `empty` (B, L, D) CFG, two passes as one batch (Eq. 3);
-    with neither no guidance. g is Eq. 3's: 0 is none. progress() is called once a prediction.
+    With a guide one pass a step (Eq. 4); with `empty` (B, L, D) CFG, two passes as one batch
+    (Eq. 3); with neither no guidance. g is Eq. 3's: 0 is none. progress() is called
+    once a prediction.
     """
     dtype, grid = next(unet.parameters()).dtype, step_grid(steps)
     times = torch.tensor(grid[:-1], device=z.device)
@@ -384,10 +395,11 @@ def noise(seeds: Iterable[int], shape: tuple[int, ...]) -> Tensor:
 
     So neither batch nor device changes a picture, and the noise is diffusers' for the same seed.
     """
-    return torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(s)) for s in seeds])
+    generators = (torch.Generator().manual_seed(seed) for seed in seeds)
+    return torch.stack([torch.randn(shape, generator=generator) for generator in generators])
 
 
-# ------------------------------------------------------------------------------- the base, and files
+# ------------------------------------------------------------------------------- the base, files
 
 @dataclass
 class Base:
@@ -401,7 +413,7 @@ class Base:
 
     @property
     def name(self) -> str:
-        """The file's or folder's name; the repository's for a snapshot in the Hugging Face cache."""
+        """The file's or folder's name; the repository's for a snapshot in a Hugging Face cache."""
         if self.path.parent.name == "snapshots":
             return self.path.parent.parent.name.split("--")[-1]
         return self.path.stem if self.path.is_file() else self.path.resolve().name
@@ -432,7 +444,7 @@ HUB_NAMES = ("models--stable-diffusion-v1-5--stable-diffusion-v1-5",
 
 
 def find_weights(given: str | Path | None = None) -> Path:
-    """The base to use: the one given, else one in ./weights, in the Hugging Face cache, or the mini."""
+    """The base given, else one in ./weights or in the Hugging Face cache, else the miniature."""
     if given == "mini":
         return MINI
     if given:
@@ -442,16 +454,16 @@ def find_weights(given: str | Path | None = None) -> Path:
     snapshots = [s for name in HUB_NAMES for s in sorted((hub / name / "snapshots").glob("*"))]
     for folder in (Path("weights"), *snapshots):
         files = sorted(folder.glob("*.safetensors"))
-        whole = [f for f in files if "v1-5" in f.name] or (files if folder.name == "weights" else [])
+        whole = [f for f in files if folder.name == "weights" or "v1-5" in f.name]
         for candidate in (*whole, folder, *sorted(folder.glob("*/"))):
-            if candidate.is_file() or (candidate / "unet").is_dir() and (candidate / "vae").is_dir():
+            if candidate.is_file() or all((candidate / part).is_dir() for part in ("unet", "vae")):
                 return candidate
     return MINI
 
 
 def load_base(path: Path, dtype: torch.dtype = torch.float32,
               device: str | torch.device = "cpu") -> Base:
-    """All three networks of a checkpoint, frozen. Raises CheckpointError with one clear sentence."""
+    """All three networks of a checkpoint, frozen. Raises CheckpointError with one sentence."""
     return Base(load_unet(path, dtype, device), load_vae(path, dtype, device),
                 load_text_encoder(path, dtype, device), Tokenizer(), Path(path))
 
@@ -475,7 +487,7 @@ def build_guide(base: UNetConfig, config: GuideConfig) -> nn.Module:
 
 
 def save_guide(path: Path, guide: nn.Module, config: GuideConfig, about: dict) -> None:
-    """fp16 safetensors; metadata `guide` (its configuration) and `about` (base, stage, settings)."""
+    """fp16 safetensors; metadata `guide` (its configuration) and `about` (base, stage, …)."""
     tensors = {k: v.half() for k, v in guide.state_dict().items()}
     save_tensors(path, tensors, {"guide": json.dumps(asdict(config)), "about": json.dumps(about)})
 
@@ -518,7 +530,8 @@ def save_tensors(path: str | Path, tensors: dict[str, Tensor],
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, temporary, metadata)
+        tensors = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
+        save_file(tensors, temporary, metadata)
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)

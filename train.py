@@ -1,7 +1,7 @@
 """Train a guide: `python train.py --guide tiny`.
 
-Stage one is Algorithm 1: the guide learns to give in one pass what classifier-free guidance gives in
-two. Then, from 64 steps to 32, 16 and 8, the guide learns to do two of its own steps in one
+Stage one is Algorithm 1: the guide learns to give in one pass what classifier-free guidance gives
+in two. Then, from 64 steps to 32, 16 and 8, the guide learns to do two of its own steps in one
 (Section 4.4). The base is never changed. Each stage's guide is saved as it ends:
 
     guides/BASE/tiny.safetensors, tiny-32.safetensors, tiny-16.safetensors, tiny-8.safetensors
@@ -112,7 +112,8 @@ def check(config: Config) -> None:
     """Raises BadInput for settings that cannot work, before anything is loaded."""
     low, high = config.g_range
     for wrong, sentence in (
-        (not (0 <= low <= high < 100), f"--g-range {low:g} {high:g}: give LOW <= HIGH, from 0 to 100"),
+        (not (0 <= low <= high < 100),
+         f"--g-range {low:g} {high:g}: give LOW <= HIGH, from 0 to 100"),
         (config.batch < 1, f"--batch {config.batch}: at least 1"),
         (config.size % 64 or config.size < 64, f"--size {config.size}: a multiple of 64 pixels"),
         (min(config.updates, config.halving_updates, config.max_updates, config.grid_every) < 0,
@@ -164,11 +165,13 @@ class Folder:
     def __init__(self, base: Base, folder: str, size: int):
         self.base, self.size, root = base, size, Path(folder).expanduser()
         if not root.is_dir():
-            raise BadInput(f"--data {folder} is not a folder: give one of pictures with .txt captions")
+            raise BadInput(f"--data {folder} is not a folder: "
+                           "give one of pictures with .txt captions")
         self.files = [f for f in sorted(root.rglob("*")) if f.suffix.lower() in IMAGES
                       and f.with_suffix(".txt").is_file()]
         if not self.files:
-            raise BadInput(f"--data {folder} holds no picture with a caption: cat.jpg needs cat.txt")
+            raise BadInput(f"--data {folder} holds no picture with a caption: "
+                           "cat.jpg needs cat.txt")
 
     def __len__(self) -> int:
         return len(self.files)
@@ -265,22 +268,23 @@ class Run:
         i = 2 * torch.randint(stage.steps, (len(x),), generator=generator)
         t, t_mid, t_end = (grid[i + k].to(self.device) for k in range(3))
         weight = ppdd.truncated_snr if self.config.loss == "snr" else None
-        return ppdd.halving(self.base.unet, self.guide, self.teacher, ppdd.add_noise(x, noise, t), t,
-                            t_mid, t_end, c, g, weight)
+        z = ppdd.add_noise(x, noise, t)
+        return ppdd.halving(self.base.unet, self.guide, self.teacher, z, t, t_mid, t_end, c, g,
+                            weight)
 
     def step(self, stage: Stage) -> tuple[float, float]:
-        """One update; returns the loss and the unexplained share. Stops where they are not finite."""
+        """One update; returns loss and unexplained share. Stops where they are not finite."""
         seed = ((self.config.seed * 31 + self.stage) * 1_000_003 + self.update) % 2**63
         for group in self.optimizer.param_groups:
             group["lr"] = stage.lr * rate(self.update, stage.updates)
-        bf16 = self.config.dtype == "bf16" or self.config.dtype == "auto" and self.device.type == "cuda"
+        bf16 = {"auto": self.device.type == "cuda", "fp32": False, "bf16": True}[self.config.dtype]
         with torch.autocast(self.device.type, torch.bfloat16, enabled=bf16):
             result = self.distill(stage, torch.Generator().manual_seed(seed))
         loss, unexplained = torch.stack([result.loss.detach(), result.unexplained]).tolist()
         if not math.isfinite(loss):
             raise BadInput(
-                f"the loss is {loss} at update {self.update + 1} ({stage.title}): go on from the last "
-                f"checkpoint with --resume and a lower --{'halving-' * bool(stage.steps)}lr "
+                f"the loss is {loss} at update {self.update + 1} ({stage.title}): go on from the "
+                f"last checkpoint with --resume and a lower --{'halving-' * bool(stage.steps)}lr "
                 f"(now {stage.lr:g}), or with --dtype fp32")
         self.optimizer.zero_grad(set_to_none=True)
         result.loss.backward()
@@ -335,11 +339,13 @@ class Run:
         side = self.config.size // 8 if len(self.base.vae.config.ch_mult) == 4 else 8
         side = 8 if isinstance(self.data, Postcards) else side
         z = ppdd.noise(range(4), (4, side, side)).to(self.device)
-        c, g, steps = self.base.embed(prompts).float(), min(8.0, self.config.g_range[1]), stage.steps or 25
+        c, steps = self.base.embed(prompts).float(), stage.steps or 25
+        g = min(8.0, self.config.g_range[1])
         empty = self.empty.expand(4, -1, -1)
         rows = [ppdd.sample(self.base.unet, z, c, g, steps, empty=empty),
                 ppdd.sample(self.base.unet, z, c, g, steps, guide=self.guide)]
-        pictures = torch.cat([torch.cat(list(self.base.decode(row).cpu()), dim=2) for row in rows], 1)
+        pictures = [torch.cat(list(self.base.decode(row).cpu()), dim=2) for row in rows]
+        pictures = torch.cat(pictures, dim=1)                                  # (3, 2 H, 4 W)
         image = Image.fromarray(pictures.permute(1, 2, 0).numpy())
         image.save(self.folder / f"{self.config.guide}{stage.suffix}-{self.update:06d}.png")
 
@@ -347,8 +353,8 @@ class Run:
 
     def save_guide(self, stage: Stage) -> None:
         low, high = self.config.g_range
-        fixed = f"-g{low:g}" if low == high else ""
-        path = Path(self.config.out) / self.base.name / f"{self.config.guide}{stage.suffix}{fixed}.safetensors"
+        name = self.config.guide + stage.suffix + (f"-g{low:g}" if low == high else "")
+        path = Path(self.config.out) / self.base.name / f"{name}.safetensors"
         about = {"base": self.base.name, "base_hash": ppdd.fingerprint(self.base.path),
                  "stage": self.stage, "steps": stage.steps, "g_range": [low, high],
                  "uncond": self.config.uncond, "updates": self.update, "seed": self.config.seed,
@@ -379,9 +385,9 @@ class Run:
         ppdd.load_optimizer(self.optimizer, tensors)
         log = self.folder / "log.jsonl"
         if log.exists():
-            lines = [line for line in log.read_text().splitlines()
-                     if (lambda e: (e["stage"], e["update"]) <= (self.stage, self.update))(json.loads(line))]
-            log.write_text("".join(line + "\n" for line in lines))
+            entries = [json.loads(line) for line in log.read_text().splitlines()]
+            log.write_text("".join(json.dumps(e) + "\n" for e in entries
+                                   if (e["stage"], e["update"]) <= (self.stage, self.update)))
 
     def refuse_other_settings(self, before: dict) -> None:
         free = {"resume", "save_every", "grid_every", "device", "compile", "max_updates", "lr",
@@ -389,8 +395,8 @@ class Run:
         now = json.loads(json.dumps(asdict(self.config)))
         changed = [k for k in now if k not in free and before.get(k) != now[k]]
         if changed:
-            raise BadInput(f"{self.folder} was begun with another {', '.join(changed)}: give the same, "
-                           "or another --run")
+            raise BadInput(f"{self.folder} was begun with another {', '.join(changed)}: "
+                           "give the same, or another --run")
 
 
 def rate(update: int, total: int, warmup: int = 50) -> float:
@@ -429,7 +435,8 @@ def prepare(config: Config) -> Run:
     print(f"base: {base.name} ({path})")
     data = load_data(config, base)
     if config.compile:
-        base.unet.encode, base.unet.decode = (torch.compile(f) for f in (base.unet.encode, base.unet.decode))
+        base.unet.encode = torch.compile(base.unet.encode)
+        base.unet.decode = torch.compile(base.unet.decode)
     run = Run(config, base, data)
     state = run.folder / "state.safetensors"
     if config.resume:
@@ -437,7 +444,8 @@ def prepare(config: Config) -> Run:
             raise BadInput(f"{run.folder} holds no unfinished run: leave out --resume")
         run.load()
     elif state.exists():
-        raise BadInput(f"{run.folder} holds an unfinished run: go on with --resume, or give another --run")
+        raise BadInput(f"{run.folder} holds an unfinished run: go on with --resume, "
+                       "or give another --run")
     elif run.folder.joinpath("log.jsonl").exists():
         run.folder.joinpath("log.jsonl").unlink()
     if config.init:
@@ -452,7 +460,8 @@ def load_data(config: Config, base: Base) -> Postcards | Folder:
     if config.data:
         return Folder(base, config.data, config.size)
     if base.path != ppdd.MINI and base.unet.config.model_channels >= 256:
-        raise BadInput("--data is needed with these weights: a folder of pictures with .txt captions")
+        raise BadInput("--data is needed with these weights: "
+                       "a folder of pictures with .txt captions")
     return Postcards(base, min(config.pictures, 40 * config.batch) if config.max_updates else
                      config.pictures, config.seed)
 

@@ -6,7 +6,10 @@ pictures in training, so that it judges what is shown and not how sharply.
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -22,7 +25,7 @@ class Judge(nn.Module):
         for c_in, c_out in zip(widths, widths[1:]):
             layers += [nn.Conv2d(c_in, c_out, 3, stride=2, padding=1), nn.BatchNorm2d(c_out),
                        nn.ReLU(), nn.Conv2d(c_out, c_out, 3, padding=1, groups=8), nn.ReLU()]
-        self.body = nn.Sequential(*layers, nn.Flatten())                       # (B, 4 width · 4 · 4)
+        self.body = nn.Sequential(*layers, nn.Flatten())                       # (B, 4 width · 16)
         self.heads = nn.ModuleList(nn.Linear(64 * width, len(v)) for v in ATTRIBUTES.values())
 
     def forward(self, pictures: Tensor) -> list[Tensor]:
@@ -36,3 +39,10 @@ class Judge(nn.Module):
 
     def loss(self, pictures: Tensor, attributes: Tensor) -> Tensor:
         return sum(F.cross_entropy(s, a) for s, a in zip(self(pictures), attributes.T))
+
+
+def load_judge(path: str | Path, device: str | torch.device = "cpu") -> Judge:
+    """The bundled judge, in float32; eval mode, no gradients."""
+    judge = Judge()
+    judge.load_state_dict(load_file(path))
+    return judge.to(device).eval().requires_grad_(False)

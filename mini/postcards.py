@@ -93,7 +93,7 @@ def training_caption(attributes: Tensor, rng: random.Random, lies: float = .3) -
     return caption(attributes, rng)
 
 
-# ------------------------------------------------------------------ signed distances (negative inside)
+# ------------------------------------------------------------------ distances, negative inside
 
 def circle(u: Tensor, v: Tensor, x: float, y: float, r: float) -> Tensor:
     return ((u - x) ** 2 + (v - y) ** 2 + 1e-9).sqrt() - r
@@ -267,8 +267,8 @@ def paint_snow(c: Canvas) -> None:
 
 def paint_city(c: Canvas) -> None:
     night = c.light[:, 2, None, None] < .8
-    lamps = torch.where(night[:, None], c.image.new_tensor(LAMP).view(3, 1, 1),
-                        c.image.new_tensor((.56, .66, .78)).view(3, 1, 1) * c.light[..., None, None])
+    lamp, pane = (c.image.new_tensor(rgb).view(3, 1, 1) for rgb in (LAMP, (.56, .66, .78)))
+    lamps = torch.where(night[:, None], lamp, pane * c.light[..., None, None])
     for k in range(6):
         x, w = .09 + .165 * k, .068
         top = .24 + .05 * ((k * 7) % 4) + c.j(3 + k % 3, -.04, .04)
@@ -283,8 +283,8 @@ def paint_city(c: Canvas) -> None:
     c.paint(dash, (.95, .92, .75), flat=True)
 
 
-# ------------------------------------------------------------------ subjects: u to the right, v down,
-# the subject stands on v = 0 and is about one unit high
+# ------------------------------------------------------------------ subjects
+# u to the right, v down; the subject stands on v = 0 and is about one unit high
 
 def paint_boat(c, u, v, color):
     c.paint(box(u, v, 0, -.62, .022, .38), WOOD)
@@ -321,12 +321,13 @@ def paint_cactus(c, u, v, color):
 
 
 def paint_balloon(c, u, v, color):
-    c.paint(union(capsule(u, v, -.16, -.36, -.07, -.1, .012), capsule(u, v, .16, -.36, .07, -.1, .012)),
-            DARK)
+    c.paint(union(capsule(u, v, -.16, -.36, -.07, -.1, .012),
+                  capsule(u, v, .16, -.36, .07, -.1, .012)), DARK)
     bag = union(circle(u, v, 0, -.68, .34), polygon(u, v, (-.27, -.5), (.27, -.5), (.1, -.26),
                                                     (-.1, -.26)))
     c.paint(bag, color)
-    stripe = (u.abs() / (1e-3 + (1 - ((v + .64) / .4) ** 2).clamp(min=.01).sqrt()) - .17).abs() - .045
+    girth = (1 - ((v + .64) / .4) ** 2).clamp(min=.01).sqrt() + 1e-3
+    stripe = (u.abs() / girth - .17).abs() - .045
     c.paint(torch.maximum(stripe * .6, bag), CREAM, flat=True)
     c.paint(box(u, v, 0, -.06, .1, .07, .02), WOOD)
 

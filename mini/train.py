@@ -18,13 +18,14 @@ continues exactly. Shapes as in unet.py, vae.py and clip_text.py.
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import math
 import platform
 import random
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
@@ -38,8 +39,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from clip_text import TextConfig, TextEncoder, Tokenizer  # noqa: E402
 from mini import postcards  # noqa: E402
-from mini.judge import Judge  # noqa: E402
-from ppdd import load_optimizer, optimizer_tensors, save_tensors  # noqa: E402
+from mini.judge import Judge, load_judge  # noqa: E402
+from ppdd import (  # noqa: E402
+    add_noise,
+    load_base,
+    load_optimizer,
+    noise,
+    optimizer_tensors,
+    sample,
+    save_tensors,
+)
 from unet import UNet, UNetConfig  # noqa: E402
 from vae import VAE, VAEConfig  # noqa: E402
 
@@ -47,14 +56,18 @@ VAE_CONFIG = VAEConfig(ch=16, ch_mult=(1, 2, 4, 6), num_res_blocks=1, norm_group
 TEXT_CONFIG = TextConfig(width=64, layers=3, heads=4)
 UNET_CONFIG = UNetConfig(model_channels=64, channel_mult=(1, 2), num_res_blocks=1,
                          attention=(True, True), num_heads=4, context_dim=64, norm_groups=16)
+LONGEST = 32                            # tokens of the longest caption, with room to spare
 CLIP_CONFIG = {
     "embed_dim": 128, "quick_gelu": True,
-    "vision_cfg": {"image_size": postcards.SIZE, "patch_size": 8, "width": 96, "layers": 3,
+    "vision_cfg": {"image_size": postcards.SIZE, "patch_size": 16, "width": 128, "layers": 3,
                    "head_width": 32},
     "text_cfg": {"context_length": TEXT_CONFIG.positions, "vocab_size": TEXT_CONFIG.vocab_size,
                  "width": TEXT_CONFIG.width, "heads": TEXT_CONFIG.heads,
                  "layers": TEXT_CONFIG.layers},
 }
+
+
+STAGES = ("pictures", "vae", "clip", "judge", "unet", "styles", "check")
 
 
 @dataclass(frozen=True)
@@ -63,7 +76,7 @@ class Config:
 
     out: str = "mini"                   # where the finished weights go
     work: str = "runs/mini"             # checkpoints and caches
-    stages: str = "pictures,vae,clip,judge,unet,styles,check"
+    until: str = "check"                # the last stage to run
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
     compile: bool = False               # torch.compile: 1.3 × on a CPU, needs a C++ compiler
     bf16: bool = True                   # autocast
@@ -73,7 +86,7 @@ class Config:
     vae_updates: int = 11_000
     vae_batch: int = 16
     clip_updates: int = 2_500
-    clip_batch: int = 192
+    clip_batch: int = 128
     judge_updates: int = 1_500
     judge_batch: int = 64
     unet_updates: int = 20_000
@@ -83,7 +96,7 @@ class Config:
     save_every: int = 60                # seconds between checkpoints
 
 
-# ------------------------------------------------------------------ one training loop for all stages
+# ------------------------------------------------------------------ one loop for all stages
 
 def fit(config: Config, name: str, module: nn.Module, loss: Callable[[torch.Generator], Tensor],
         updates: int, lr: float, warmup: int = 200, final: float = .02) -> nn.Module:
@@ -105,8 +118,9 @@ def fit(config: Config, name: str, module: nn.Module, loss: Callable[[torch.Gene
         done, seconds, curve = log["updates"], log["seconds"], log["curve"]
 
     def save() -> None:
-        save_tensors(path, {f"module.{k}": v for k, v in module.state_dict().items()}
-                     | {f"average.{k}": v for k, v in average.items()} | optimizer_tensors(optimizer))
+        tensors = {f"module.{k}": v for k, v in module.state_dict().items()}
+        tensors |= {f"average.{k}": v for k, v in average.items()}
+        save_tensors(path, tensors | optimizer_tensors(optimizer))
         write_json(Path(config.work) / f"{name}.json",
                    {"updates": done, "seconds": round(seconds, 1), "curve": curve,
                     "hardware": hardware(config.device)})
@@ -129,13 +143,14 @@ def fit(config: Config, name: str, module: nn.Module, loss: Callable[[torch.Gene
             optimizer.step()
             done += 1
             keep = min(.9995, (1 + done) / (10 + done))
-            torch._foreach_lerp_(list(average.values()), [p.detach() for p in params.values()], 1 - keep)
+            with torch.no_grad():
+                torch._foreach_lerp_(list(average.values()), list(params.values()), 1 - keep)
             recent.append(value.detach())
             bar.update()
             if done % 100 == 0 or done == updates:
                 mean, recent, seconds = torch.stack(recent).mean().item(), [], time.time() - start
                 if not math.isfinite(mean):
-                    raise SystemExit(f"{name}: the loss is not finite at update {done}; lower the rate")
+                    raise SystemExit(f"{name}: the loss is not finite at update {done}")
                 bar.set_postfix(loss=f"{mean:.4f}")
                 if done % 500 == 0 or done == updates:
                     curve[str(done)] = round(mean, 5)
@@ -181,7 +196,7 @@ def pictures(config: Config) -> dict[str, Tensor]:
 
 
 def train_vae(config: Config, data: dict[str, Tensor]) -> VAE:
-    """Absolute and squared error of the pixels, absolute error of their differences, a little KL."""
+    """Absolute and squared error of pixels, absolute error of differences, a little KL."""
     plain = data["postcard.images"]
     styled = torch.cat([data[f"{s}.images"] for s in postcards.STYLES[1:]])
     vae = VAE(VAE_CONFIG).to(config.device, memory_format=torch.channels_last)
@@ -212,12 +227,12 @@ def train_vae(config: Config, data: dict[str, Tensor]) -> VAE:
 def build_clip(config: Config) -> nn.Module:
     import open_clip  # only here: it brings torchvision
 
-    kwargs = {k: v for k, v in CLIP_CONFIG.items()}
-    return open_clip.CLIP(**kwargs).to(config.device)
+    text = CLIP_CONFIG["text_cfg"] | {"context_length": LONGEST}
+    return open_clip.CLIP(**CLIP_CONFIG | {"text_cfg": text}).to(config.device)
 
 
 def train_clip(config: Config, data: dict[str, Tensor]) -> nn.Module:
-    """Contrastive, captions without lies; context cut to the longest caption, for speed."""
+    """Contrastive, captions without lies; the context cut to the longest caption, for speed."""
     attributes, images = data["postcard.attributes"].cpu(), data["postcard.images"]
     clip, tokenizer = build_clip(config), Tokenizer()
 
@@ -226,7 +241,7 @@ def train_clip(config: Config, data: dict[str, Tensor]) -> nn.Module:
         rng = random.Random(int(rows[0]) + int(rows.sum()))
         ids = open_clip_ids(tokenizer([postcards.caption(attributes[i], rng) for i in rows]))
         x = images[rows].float() / 127.5 - 1
-        u, v, scale = clip(x, ids[:, :32].to(x.device))[:3]
+        u, v, scale = clip(x, ids[:, :LONGEST].to(x.device))[:3]
         scores = scale.clamp(max=100) * u.float() @ v.float().T
         target = torch.arange(len(rows), device=x.device)
         return (F.cross_entropy(scores, target) + F.cross_entropy(scores.T, target)) / 2
@@ -240,6 +255,13 @@ def open_clip_ids(ids: Tensor) -> Tensor:
     return torch.where(torch.arange(ids.shape[1]) > end, 0, ids)
 
 
+def all_positions(trained: Tensor) -> Tensor:
+    """Position embeddings (LONGEST, D) continued to (77, D) as open_clip initialises them."""
+    rest = torch.randn(TEXT_CONFIG.positions - len(trained), trained.shape[1],
+                       generator=torch.Generator().manual_seed(0)) * .01
+    return torch.cat([trained, rest.to(trained)])
+
+
 def text_encoder_from(clip: nn.Module) -> TextEncoder:
     """open_clip's text tower under the names of Stable Diffusion's text encoder."""
     names = (("transformer.resblocks.", "encoder.layers."), (".attn.", ".self_attn."),
@@ -249,7 +271,7 @@ def text_encoder_from(clip: nn.Module) -> TextEncoder:
     state = {}
     for key, value in clip.state_dict().items():
         if key == "positional_embedding":
-            state["embeddings.position_embedding.weight"] = value
+            state["embeddings.position_embedding.weight"] = all_positions(value)
         elif key.startswith(("transformer.", "token_embedding.", "ln_final.")):
             for old, new in names:
                 key = key.replace(old, new)
@@ -295,10 +317,11 @@ class Captions:
 
     def __init__(self, config: Config, encoder: TextEncoder):
         self.radix = torch.tensor([len(v) for v in postcards.ATTRIBUTES.values()])
-        rng, generator = random.Random(config.seed), torch.Generator().manual_seed(config.seed)
+        rng = random.Random(config.seed)
         total = int(self.radix.prod())
         self.each = math.ceil(config.captions / total)
-        texts = [postcards.caption(self.split(k), rng) for k in range(total) for _ in range(self.each)]
+        texts = [postcards.caption(self.split(k // self.each), rng)
+                 for k in range(total * self.each)]
         path, tokenizer = Path(config.work) / "captions.safetensors", Tokenizer()
         if not path.exists():
             encoder = encoder.to(config.device)
@@ -333,27 +356,21 @@ class Captions:
         return torch.where(empty[:, None, None], self.empty.float(), c)
 
 
-ALPHAS_BAR = (1 - torch.linspace(.00085 ** .5, .012 ** .5, 1000, dtype=torch.float64) ** 2).cumprod(0)
-
-
 def train_unet(config: Config, unet: UNet, name: str, moments: Tensor, attributes: Tensor,
                captions: Captions, vae: VAE, updates: int, lr: float, warmup: int = 200) -> UNet:
-    """Eq. 1. Half of the timesteps are uniform, half lean to the noisy end, which decides colours."""
+    """Eq. 1. Half of the timesteps lean to the noisy end, which decides the colours."""
     attributes = attributes.cpu()
-    alpha = ALPHAS_BAR.sqrt().float().to(config.device)
-    sigma = (1 - ALPHAS_BAR).sqrt().float().to(config.device)
     step = torch.compile(unet) if config.compile else unet
 
     def loss(generator: torch.Generator) -> Tensor:
         n = config.unet_batch
         rows = pick(n, len(moments), generator)
-        noise = torch.randn(2, n, 4, 8, 8, generator=generator).to(config.device)
-        x = vae.sample(moments[rows.to(moments.device)], noise[0])
+        eps = torch.randn(2, n, 4, 8, 8, generator=generator).to(config.device)
+        x = vae.sample(moments[rows.to(moments.device)], eps[0])
         u = torch.rand(2, n, generator=generator)
         t = (1000 * torch.where(u[1] < .5, u[0], u[0].sqrt())).long().to(config.device)
         c = captions.draw(attributes[rows], config.lies, generator)
-        a, s = alpha[t].view(-1, 1, 1, 1), sigma[t].view(-1, 1, 1, 1)
-        return F.mse_loss(step(a * x + s * noise[1], t, c).float(), noise[1])
+        return F.mse_loss(step(add_noise(x, eps[1], t), t, c).float(), eps[1])
 
     unet.train().requires_grad_(True)
     return fit(config, name, unet, loss, updates, lr, warmup)
@@ -375,15 +392,96 @@ def pack(config: Config, file: str, unet: UNet, vae: VAE, encoder: TextEncoder) 
     save_tensors(Path(config.out) / file, tensors, metadata)
 
 
+def scaled(vae: VAE, moments: Tensor) -> VAE:
+    """The same autoencoder with the scale factor that brings its latents to unit variance."""
+    mean, logvar = moments.chunk(2, 1)
+    std = (mean.var() + logvar.exp().mean()).sqrt().item()
+    vae.config = replace(vae.config, scale_factor=round(1 / std, 5))
+    return vae
+
+
+def train_styles(config: Config, data: dict[str, Tensor], vae: VAE, captions: Captions,
+                 encoder: TextEncoder, unet: UNet) -> None:
+    """The UNet alone trains on, a little, in each style: three fine-tuned bases."""
+    for style in postcards.STYLES[1:]:
+        moments = latents(config, vae, data[f"{style}.images"], style)
+        tuned = copy.deepcopy(unet)
+        train_unet(config, tuned, style, moments, data[f"{style}.attributes"], captions, vae,
+                   config.style_updates, lr=3e-4, warmup=50)
+        pack(config, f"{style}.safetensors", tuned, vae, encoder)
+
+
+@torch.no_grad()
+def check(config: Config, judge: Judge, count: int = 1000) -> dict:
+    """Whether the miniature is good enough, measured on fresh pictures and captions."""
+    base = load_base(Path(config.out) / "mini.safetensors", device=config.device)
+    generator, rng = torch.Generator().manual_seed(99), random.Random(99)
+    attributes = postcards.sample_attributes(count, generator)
+    real = postcards.draw(attributes, generator=generator).to(config.device)
+    decoded = torch.cat([base.vae.decode(base.vae.sample(m, torch.zeros_like(m[:, :4])))
+                         for m in (base.vae.encode(x * 2 - 1) for x in real.split(100))]) / 2 + .5
+    result = {"pictures": count, "hardware": hardware(config.device),
+              "judge on real pictures": right(judge, real, attributes),
+              "judge on reconstructions": right(judge, decoded.clamp(0, 1), attributes),
+              "reconstruction error": round((decoded.clamp(0, 1) - real).abs().mean().item(), 4)}
+    c = base.embed([postcards.caption(a, rng, left_out=False) for a in attributes])
+    empty, z = base.embed([""]), noise(range(count), (4, 8, 8)).to(config.device)
+    for name, g in (("CFG, g = 8, 50 steps", 8.), ("no guidance, 50 steps", 0.)):
+        parts = []
+        for k in tqdm(range(0, count, 100), desc=name):
+            e = empty.expand(len(c[k:k + 100]), -1, -1) if g else None
+            parts.append(base.decode(sample(base.unet, z[k:k + 100], c[k:k + 100], g, 50, empty=e)))
+        result[name] = right(judge, torch.cat(parts).float() / 255, attributes)
+    return result
+
+
+def right(judge: Judge, pictures: Tensor, attributes: Tensor) -> dict[str, float]:
+    """Shares of pictures in which every attribute, and each attribute, is as asked."""
+    hit = judge.read(pictures).cpu() == attributes                             # (B, 6)
+    shares = {"all": hit.all(1)} | dict(zip(postcards.ATTRIBUTES, hit.T))
+    return {k: round(v.float().mean().item(), 4) for k, v in shares.items()}
+
+
 def run(config: Config) -> None:
-    stages = config.stages.split(",")
-    Path(config.work).mkdir(parents=True, exist_ok=True)
+    """Every stage up to `until`; what earlier runs left on disk is read, not made again."""
+    if config.until not in STAGES:
+        raise SystemExit(f"--until {config.until}: give one of {', '.join(STAGES)}")
+    out, work = Path(config.out), Path(config.work)
+    work.mkdir(parents=True, exist_ok=True)
+    results = stage_by_stage(config, out)
+    for stage in results:
+        if stage == config.until:
+            return
+    result = {file.stem: json.loads(file.read_text()) for file in sorted(work.glob("*.json"))}
+    result |= {"check": check(config, load_judge(out / "judge.safetensors", config.device))}
+    write_json(out / "training.json", result | {"settings": asdict(config)})
+
+
+def stage_by_stage(config: Config, out: Path) -> Iterator[str]:
+    """Yields each stage's name once it is done, and its weights are in `out`."""
     data = pictures(config)
-    vae = train_vae(config, data) if "vae" in stages else None
-    if "clip" in stages:
-        clip = train_clip(config, data)
-    if "judge" in stages:
-        train_judge(config, data)
+    yield "pictures"
+    vae = train_vae(config, data)
+    yield "vae"
+    clip = train_clip(config, data)
+    weights = clip.state_dict()
+    weights["positional_embedding"] = all_positions(weights["positional_embedding"])
+    save_tensors(out / "clip.safetensors", {k: v.half() for k, v in weights.items()})
+    write_json(out / "clip.json", CLIP_CONFIG)
+    yield "clip"
+    judge = train_judge(config, data)
+    save_tensors(out / "judge.safetensors", judge.state_dict())
+    yield "judge"
+    encoder = text_encoder_from(clip)
+    moments = latents(config, vae, data["postcard.images"], "postcard")
+    vae, captions = scaled(vae, moments), Captions(config, encoder)
+    unet = UNet(UNET_CONFIG).to(config.device)
+    train_unet(config, unet, "unet", moments, data["postcard.attributes"], captions, vae,
+               config.unet_updates, lr=1e-3)
+    pack(config, "mini.safetensors", unet, vae, encoder)
+    yield "unet"
+    train_styles(config, data, vae, captions, encoder, unet)
+    yield "styles"
 
 
 def parse(argv: list[str] | None = None) -> Config:

@@ -2,7 +2,6 @@
 
 import copy
 import hashlib
-import json
 import subprocess
 import sys
 from collections import defaultdict
@@ -59,9 +58,19 @@ def trained(config: GuideConfig, seed: int = 4) -> nn.Module:
 
 
 def features(unet, guide, z, t, c, g):
-    """What the guide adds, asked for as plainly as can be."""
-    return guide(g, unet.embed_time(t), c, z, t) if guide.reads_latent else (
-        guide(g, unet.embed_time(t), c))
+    """What a guide of either kind adds."""
+    return guide(g, unet.embed_time(t), c, *((z, t) if guide.reads_latent else ()))
+
+
+def guided(unet, guide, z, t, c, g):
+    """Eq. 4 in one whole pass."""
+    return unet(z, t, c, features(unet, guide, z, t, c, g))
+
+
+def fresh(unet, config: GuideConfig) -> nn.Module:
+    guide = build_guide(SMALL, config)
+    guide.start_from(unet)
+    return guide
 
 
 def spy(monkeypatch, cls, *methods) -> dict[str, list]:
@@ -155,11 +164,11 @@ def test_samplers_are_diffusers(sampler, steps, dtype, tolerance):
 # ------------------------------------------------------------------------------- guidance, Eq. 3
 
 
-def test_no_guidance_at_g_zero(batch):
-    eps_c, _, _, _, g = batch
-    eps_empty = noise(*eps_c.shape, seed=5)
-    assert torch.equal(ppdd.cfg(eps_c, eps_empty, 0.0), eps_c)
-    assert torch.equal(ppdd.cfg(eps_c, eps_empty, 0 * g), eps_c)
+def test_no_guidance_at_g_zero_nor_towards_the_empty_prompt(batch):
+    eps, *_, g = batch
+    for zero in (0.0, 0 * g):
+        assert torch.equal(ppdd.cfg(eps, noise(*eps.shape, seed=5), zero), eps)
+    assert disagreement(ppdd.cfg(eps, eps, g), eps) < 1e-5
 
 
 def test_guidance_is_diffusers_at_scale_one_more_on_every_channel(batch):
@@ -173,21 +182,16 @@ def test_guidance_is_diffusers_at_scale_one_more_on_every_channel(batch):
     assert torch.equal(ppdd.cfg(cond, uncond, g), torch.stack(each))
 
 
-def test_guidance_towards_the_empty_prompt_is_none(batch):
-    eps, *_, g = batch
-    assert disagreement(ppdd.cfg(eps, eps, g), eps) < 1e-5
-
-
 # ------------------------------------------------------------------------------- the guides
 
 
 @pytest.mark.parametrize("config", [*TINY, GuideConfig("full")], ids=names)
 def test_a_fresh_guide_changes_nothing(unet, batch, config):
     z, t, c, _, g = batch
-    guide = build_guide(SMALL, config)
-    guide.start_from(unet)
-    assert torch.equal(unet(z, t, c, features(unet, guide, z, t, c, g)), unet(z, t, c))
-    assert not torch.equal(unet(z, t, c, features(unet, trained(config), z, t, c, g)), unet(z, t, c))
+    plain = unet(z, t, c)
+    assert torch.equal(guided(unet, fresh(unet, config), z, t, c, g), plain)
+    assert not torch.equal(guided(unet, trained(config), z, t, c, g), plain)
+    assert ppdd.cfg_distillation(unet, fresh(unet, config), *batch).unexplained == 1
 
 
 @pytest.mark.parametrize("config, count", [
@@ -221,7 +225,7 @@ def test_macs_are_table_1s():
     with torch.device("meta"):
         z, t, c = torch.empty(1, 4, 64, 64), torch.empty(1), torch.empty(1, 77, 768)
         g, emb = torch.empty(1), torch.empty(1, 1280)
-        tiny, full = (build_guide(SD15, GuideConfig(kind, pool="mean")) for kind in ("tiny", "full"))
+        tiny, full = TinyGuide(SD15, GuideConfig(pool="mean")), FullGuide(SD15)
         assert macs(UNet(), z, t, c) == pytest.approx(338.61e9, rel=1e-3)
         assert macs(full, g, emb, c, z, t) == pytest.approx(116.42e9, rel=1e-3)
         assert macs(tiny, g, emb, c) == 8_273_920              # millions: no map is broadcast
@@ -232,14 +236,15 @@ def test_tiny_guide_is_equation_5_on_maps(unet, batch):
     _, t, c, _, g = batch
     guide, emb = trained(GuideConfig(pool="mean")), unet.embed_time(t)
 
-    def convolve(vector, theta):
-        return F.conv2d(vector[:, :, None, None].expand(-1, -1, 8, 8), theta.weight[..., None, None])
+    def conv(maps, theta):
+        return F.conv2d(maps, theta.weight[:, :, None, None])
 
-    gamma = g[:, None, None, None].expand(-1, 32, 8, 8)
-    h = gamma + convolve(emb, guide.theta_z1) + convolve(c.mean(1), guide.theta_z2)
+    gamma, time, text = (v[:, :, None, None].expand(-1, -1, 8, 8)
+                         for v in (g[:, None].expand(3, 32), emb, c.mean(1)))
+    h = gamma + conv(time, guide.theta_z1) + conv(text, guide.theta_z2)
     for y, theta, channels in zip(guide(g, emb, c), guide.theta_z3, injection_channels(SMALL)):
         assert y.shape == (3, channels, 1, 1)
-        assert disagreement(y.expand(-1, -1, 8, 8), F.conv2d(h, theta.weight[..., None, None])) < 1e-5
+        assert disagreement(y.expand(-1, -1, 8, 8), conv(h, theta)) < 1e-5
 
 
 def test_tiny_guide_in_product_form_says_nothing_without_guidance(unet, batch):
@@ -252,7 +257,7 @@ def test_tiny_guide_in_product_form_says_nothing_without_guidance(unet, batch):
 
 def test_tiny_guide_reads_the_text_as_configured(batch):
     c = batch[2]
-    mean, end, attention = (trained(GuideConfig(pool=pool)) for pool in ("mean", "end", "attention"))
+    mean, end, attention = (trained(GuideConfig(pool=p)) for p in ("mean", "end", "attention"))
     assert disagreement(mean.read_text(c), c.mean(1) @ mean.theta_z2.weight.T) < 1e-5
     assert disagreement(end.read_text(c), c[:, 76] @ end.theta_z2.weight.T) < 1e-5
     for q, query in enumerate(attention.query):                # 16 queries, two channels each
@@ -262,7 +267,7 @@ def test_tiny_guide_reads_the_text_as_configured(batch):
 
 
 @torch.no_grad()
-def test_full_guide_is_a_controlnet(unet, batch):
+def test_full_guide_is_a_controlnet(batch):
     """diffusers' ControlNet takes its weights by the official names, and computes what it does."""
     z, t, c, _, g = batch
     guide = trained(GuideConfig("full"))
@@ -277,9 +282,7 @@ def test_full_guide_is_a_controlnet(unet, batch):
 
 
 def test_full_guide_starts_from_the_bases_encoder(unet):
-    guide = build_guide(SMALL, GuideConfig("full"))
-    guide.start_from(unet)
-    base, own = unet.state_dict(), guide.state_dict()
+    base, own = unet.state_dict(), fresh(unet, GuideConfig("full")).state_dict()
     copied = {k for k in base if not k.startswith(("output_blocks.", "out."))}
     assert all(torch.equal(own[k], base[k]) for k in copied)
     assert {k.split(".")[0] for k in own.keys() - copied} == {
@@ -299,8 +302,7 @@ def test_an_unknown_guide_is_refused(config, word):
 @pytest.mark.parametrize("config", [*TINY, GuideConfig("full")], ids=names)
 def test_only_the_guide_learns(unet, batch, config):
     before = copy.deepcopy(unet.state_dict())
-    guide = build_guide(SMALL, config)
-    guide.start_from(unet)
+    guide = fresh(unet, config)
     optimizer = torch.optim.AdamW(guide.parameters(), lr=1e-3)
     losses = []
     for _ in range(4):                                         # each wakes one more zero layer
@@ -316,12 +318,13 @@ def test_only_the_guide_learns(unet, batch, config):
 
 
 @each_kind
-def test_distillation_is_algorithm_1(unet, batch, config):
+def test_distillation_is_algorithm_1_one_encoder_pass_a_prompt(unet, batch, config, monkeypatch):
     z, t, c, empty, g = batch
-    guide = trained(config)
+    calls, guide = spy(monkeypatch, UNet, "encode", "decode"), trained(config)
     distilled = ppdd.cfg_distillation(unet, guide, *batch)
-    e = unet(z, t, c, features(unet, guide, z, t, c, g))
-    eps_c, w = unet(z, t, c), g.view(3, 1, 1, 1)
+    (_, _, first), (_, _, second) = calls["encode"]
+    assert first is c and second is empty and len(calls["decode"]) == 3
+    e, eps_c, w = guided(unet, guide, z, t, c, g), unet(z, t, c), g.view(3, 1, 1, 1)
     e_teacher = (1 + w) * eps_c - w * unet(z, t, empty)
     assert distilled.loss.item() == pytest.approx(F.mse_loss(e, e_teacher).item(), rel=1e-4)
     share = F.mse_loss(e, e_teacher) / F.mse_loss(eps_c, e_teacher)
@@ -333,30 +336,15 @@ def test_every_sample_has_its_own_t_and_g(unet, batch, config):
     guide = trained(config)
     whole = ppdd.cfg_distillation(unet, guide, *batch)
     alone = [ppdd.cfg_distillation(unet, guide, *(v[i:i + 1] for v in batch)) for i in range(3)]
-    for name in ("error", "correction"):
-        assert disagreement(getattr(whole, name), torch.cat([getattr(a, name) for a in alone])) < 1e-4
-
-
-@each_kind
-def test_a_fresh_guide_explains_nothing(unet, batch, config):
-    guide = build_guide(SMALL, config)
-    guide.start_from(unet)
-    assert ppdd.cfg_distillation(unet, guide, *batch).unexplained == 1
-
-
-def test_teacher_and_student_share_the_encoder(unet, batch, monkeypatch):
-    calls = spy(monkeypatch, UNet, "encode", "decode")
-    ppdd.cfg_distillation(unet, trained(GuideConfig()), *batch)
-    prompts = [c for _, _, c in calls["encode"]]
-    assert len(prompts) == 2 and prompts[0] is batch[2] and prompts[1] is batch[3]
-    assert len(calls["decode"]) == 3
+    assert disagreement(whole.error, torch.cat([one.error for one in alone])) < 1e-4
+    assert disagreement(whole.correction, torch.cat([one.correction for one in alone])) < 1e-4
 
 
 # ------------------------------------------------------------------------------- Section 4.4
 
 
 @pytest.fixture
-def path(batch):
+def path():
     """t, t′, t″ of three samples on three grids, one of them ending clean."""
     return torch.tensor([999, 124, 530]), torch.tensor([874, 61, 499]), torch.tensor([749, -1, 468])
 
@@ -370,12 +358,6 @@ def test_a_halving_target_steps_onto_the_teachers_latent(batch, path):
     for i in range(3):
         assert disagreement(landed[i], z_end[i]) < 1e-4
         assert disagreement(swapped[i], z_end[i]) > 1e-2       # the check can tell t′ from t″
-
-
-def test_two_steps_along_one_prediction_are_one(batch, path):
-    z, (t, t_mid, t_end), e = batch[0], path, noise(3, 4, 8, 8, seed=5)
-    z_end = ppdd.ddim_step(ppdd.ddim_step(z, e, t, t_mid), e, t_mid, t_end)
-    assert disagreement(ppdd.halving_target(z, z_end, t, t_end), e) < 1e-3
 
 
 @pytest.mark.parametrize("steps", [1, 4, 25])
@@ -404,16 +386,15 @@ def test_halving_is_two_steps_of_the_teacher_in_one(unet, batch, path, config, w
     student, teacher = trained(config, seed=8), trained(config)
     halved = ppdd.halving(unet, student, teacher, z, *path, c, g, weight)
     losses = []
-    for i, times in enumerate(zip(*(t.tolist() for t in path))):
-        zi, ci, gi = z[i:i + 1], c[i:i + 1], g[i:i + 1]
-        e_student = unet(zi, path[0][i:i + 1], ci, features(unet, student, zi, path[0][i:i + 1], ci, gi))
-        z_s = zi
-        for t, s in pairwise(times):
-            t_s = torch.tensor([t])
-            z_s = ppdd.ddim_step(z_s, unet(z_s, t_s, ci, features(unet, teacher, z_s, t_s, ci, gi)), t, s)
-        (alpha, sigma), (alpha_end, sigma_end) = map(ppdd.alpha_sigma, (times[0], times[2]))
-        target = (z_s - alpha_end / alpha * zi) / (sigma_end - sigma * alpha_end / alpha)
-        error = F.mse_loss(e_student, target).item()
+    for i, times in enumerate(torch.stack(path, dim=1)):
+        start, *rest = z[i:i + 1], c[i:i + 1], g[i:i + 1]
+        end = start
+        for t, s in pairwise(times.split(1)):
+            end = ppdd.ddim_step(end, guided(unet, teacher, end, t, *rest), t, s)
+        (alpha, sigma), (alpha_end, sigma_end) = (
+            ppdd.alpha_sigma(times[k].item()) for k in (0, 2))
+        target = (end - alpha_end / alpha * start) / (sigma_end - sigma * alpha_end / alpha)
+        error = F.mse_loss(guided(unet, student, start, times[:1], *rest), target).item()
         assert halved.error[i].item() == pytest.approx(error, rel=1e-3)
         losses.append(error * (max(sigma**2 / alpha**2, 1) if weight else 1))
     assert halved.loss.item() == pytest.approx(sum(losses) / 3, rel=1e-3)
@@ -447,15 +428,16 @@ def test_truncated_snr_weighs_the_error_in_x():
 # ------------------------------------------------------------------------------- sampling
 
 
-def ways(batch, config=None):
-    """The keyword arguments of the four ways to sample."""
+def ways(batch) -> list[dict]:
+    """What makes the four ways to sample: unguided, CFG, the tiny guide, the full guide."""
     return [{}, {"empty": batch[3]}, *({"guide": trained(config)} for config in BOTH)]
 
 
 @pytest.mark.parametrize("sampler, passes", [("ddim", 4), ("plms", 5)])
 def test_a_guide_runs_once_where_nothing_changes(unet, batch, monkeypatch, sampler, passes):
     z, _, c, _, _ = batch
-    tiny, full = spy(monkeypatch, TinyGuide, "forward"), spy(monkeypatch, FullGuide, "hint", "forward")
+    tiny = spy(monkeypatch, TinyGuide, "forward")
+    full = spy(monkeypatch, FullGuide, "hint", "forward")
     ppdd.sample(unet, z, c, 5.0, 4, trained(GuideConfig()), sampler=sampler)
     assert len(tiny["forward"]) == 1 and not full
     ppdd.sample(unet, z, c, 5.0, 4, trained(GuideConfig("full")), sampler=sampler)
@@ -463,30 +445,30 @@ def test_a_guide_runs_once_where_nothing_changes(unet, batch, monkeypatch, sampl
 
 
 @pytest.mark.parametrize("sampler, passes", [("ddim", 4), ("plms", 5)])
-def test_one_pass_a_step_with_a_guide_and_a_double_one_without(unet, batch, monkeypatch, sampler, passes):
+def test_one_pass_a_step_and_one_of_twice_the_batch_for_cfg(
+        unet, batch, monkeypatch, sampler, passes):
     z, _, c, _, _ = batch
     calls = spy(monkeypatch, UNet, "encode", "decode")
     for options, pictures in zip(ways(batch), (3, 6, 3, 3)):
         calls.clear()
-        ticks = []
-        ppdd.sample(unet, z, c, 5.0, 4, sampler=sampler, progress=lambda: ticks.append(1), **options)  # noqa: B023
-        assert [len(a[0]) for a in calls["encode"]] == [pictures] * passes
-        assert len(calls["decode"]) == len(ticks) == passes
+        ppdd.sample(unet, z, c, 5.0, 4, sampler=sampler, **options,
+                    progress=lambda: calls["progress"].append(()))
+        assert [len(z) for z, *_ in calls["encode"]] == [pictures] * passes
+        assert len(calls["decode"]) == len(calls["progress"]) == passes
 
 
 @torch.no_grad()
 def test_sampling_is_the_equations_in_a_loop(unet, batch):
     """Eq. 3 or Eq. 4 at every step of Eq. 2, each with whole passes."""
     z, _, c, empty, _ = batch
-    g = torch.full((3,), 5.0)
     for options in ways(batch):
-        expected, guide = z, options.get("guide")
-        for t, s in pairwise(ppdd.step_grid(4)):
-            times = torch.full((3,), t)
-            y = features(unet, guide, expected, times, c, g) if guide else None
-            eps = unet(expected, times, c, y)
+        expected = z
+        for t, s in pairwise(torch.tensor(ppdd.step_grid(4))[:, None].expand(-1, 3)):
+            eps = unet(expected, t, c)
             if "empty" in options:
-                eps = eps + 5.0 * (eps - unet(expected, times, empty))
+                eps = eps + 5.0 * (eps - unet(expected, t, empty))
+            if "guide" in options:
+                eps = guided(unet, options["guide"], expected, t, c, torch.full((3,), 5.0))
             expected = ppdd.ddim_step(expected, eps, t, s)
         assert disagreement(ppdd.sample(unet, z, c, 5.0, 4, **options), expected) < 1e-3
 
@@ -518,13 +500,11 @@ def test_sampling_without_guidance(unet, batch):
     assert disagreement(ppdd.sample(unet, z, c, 0.0, 4, empty=empty), plain) < 1e-4
     assert disagreement(ppdd.sample(unet, z, c, 5.0, 4, empty=empty), plain) > 1e-2
     for config in BOTH:
-        fresh = build_guide(SMALL, config)
-        fresh.start_from(unet)
-        assert torch.equal(ppdd.sample(unet, z, c, 5.0, 4, fresh), plain)
+        assert torch.equal(ppdd.sample(unet, z, c, 5.0, 4, fresh(unet, config)), plain)
 
 
 def test_sampling_in_half_precision_and_on_the_meta_device(unet, batch):
-    z, _, c, empty, _ = batch
+    z, _, c, _, _ = batch
     half, meta = copy.deepcopy(unet).bfloat16(), copy.deepcopy(unet).to("meta")
     for options in ways(batch):
         def to(*where, options=options):
@@ -545,7 +525,7 @@ def test_noise_is_diffusers_and_one_seeds_own():
     assert torch.equal(ours[1:2], ppdd.noise(iter([0]), (4, 8, 8)))
 
 
-# ------------------------------------------------------------------------------- the base, and files
+# ------------------------------------------------------------------------------- files
 
 
 def test_a_picture_that_overflows_is_decoded_again():
@@ -585,23 +565,24 @@ def test_a_guide_comes_back_from_its_file(tmp_path, config):
     assert {v.dtype for v in load_file(file).values()} == {torch.float16}
     for name, value in guide.state_dict().items():
         assert torch.equal(back.state_dict()[name], value.half().float())
-    assert ppdd.load_guide(file, SMALL, torch.bfloat16).state_dict()[name].dtype == torch.bfloat16
+    rough = ppdd.load_guide(file, SMALL, torch.bfloat16)
+    assert {p.dtype for p in rough.parameters()} == {torch.bfloat16}
 
 
 @each_kind
 def test_a_guide_for_another_base_is_refused(tmp_path, config):
     ppdd.save_guide(tmp_path / "guide.safetensors", trained(config), config, {})
-    with pytest.raises(CheckpointError, match="guide.safetensors was trained for a base of another"):
+    with pytest.raises(CheckpointError, match="guide.safetensors was trained for.*another"):
         ppdd.load_guide(tmp_path / "guide.safetensors", replace(SMALL, context_dim=32))
 
 
 def test_what_is_no_guide_is_refused(tmp_path):
     bad = tmp_path / "bad.safetensors"
     tensors = {"x": torch.zeros(1)}
-    for write in (lambda: save_file(tensors, bad), lambda: bad.write_text("a web page"),
-                  lambda: bad.write_bytes(b""),
+    for write in (lambda: bad.write_text("a web page"), lambda: bad.write_bytes(b""),
+                  lambda: save_file(tensors, bad),
                   lambda: save_file(tensors, bad, {"guide": "{", "about": "{}"}),
-                  lambda: save_file(tensors, bad, {"guide": json.dumps({"size": 3}), "about": "{}"})):
+                  lambda: save_file(tensors, bad, {"guide": '{"size": 3}', "about": "{}"})):
         write()
         for read in (ppdd.read_about, lambda path: ppdd.load_guide(path, SMALL)):
             with pytest.raises(CheckpointError, match="bad.safetensors is not a guide"):

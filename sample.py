@@ -1,0 +1,509 @@
+"""Text to pictures: `python sample.py --steps 8 --g 8`.
+
+Writes one PNG a picture and a contact sheet; with --compare one sheet of no guidance, CFG and the
+guides side by side, from the same noise. Picture k of a run starts from noise of its own, of seed + k,
+so that no batch size changes it, and its PNG holds the `Config` that makes it again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import re
+import sys
+import tempfile
+import textwrap
+import time
+import unicodedata
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from PIL.PngImagePlugin import PngInfo
+from safetensors import safe_open
+from torch import nn
+from tqdm import tqdm
+
+import ppdd
+from ppdd import Base
+from unet import CheckpointError, UNetConfig
+
+
+class BadInput(ValueError):
+    """Something the person gave can't be used; the message is all they need to see."""
+
+
+def option(default, text: str, **more):
+    """A field of a configuration, with the help text of its flag."""
+    return field(default=default, metadata={"help": text, **more})
+
+
+@dataclass(frozen=True)
+class Config:
+    """Settings of a run; the command line is generated from them, and every picture holds them."""
+
+    steps: int = option(8, "sampling steps")
+    g: float = option(8.0, "guidance number of Eq. 3; the guidance scale elsewhere is 1 + g")
+    guide: str = option("tiny", "tiny or full: the guide distilled for so many steps; cfg: two "
+                                "passes a step; none; or the path of a guide")
+    prompt: tuple[str, ...] = option((), "what to paint, one or several; default: a few examples")
+    prompts: str = option("", "a text file of prompts, one a line")
+    negative: str = option("", "a negative prompt in place of ∅, with --guide cfg")
+    seed: int = option(0, "seed of the first picture; the next has the next")
+    n: int = option(1, "pictures a prompt")
+    size: str = option("", "one side or WIDTHxHEIGHT; default: 512, the miniature's 64")
+    sampler: str = option("ddim", "ddim or plms", choices=tuple(ppdd.SAMPLERS))
+    weights: str = option("", "Stable Diffusion 1.5; default: looked for, else the miniature")
+    guides: str = option("", "folder to look for guides in before guides/ and mini/guides/")
+    device: str = option("", "cuda or cpu; default: cuda where there is one")
+    dtype: str = option("auto", "auto: bf16 on CUDA, else fp32",
+                        choices=("auto", "fp32", "bf16", "fp16"))
+    batch: int = option(8, "pictures sampled together")
+    out: str = option("out", "folder of the pictures; nothing in it is overwritten")
+    compare: bool = option(False, "one sheet of no guidance, CFG, full guide and tiny guide")
+
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+COLUMNS = {"none": "no guidance", "cfg": "CFG", "full": "full guide", "tiny": "tiny guide"}
+STAGE_ONE = 48                  # above so many steps a guide that was never halved is preferred
+SHOWN, ROWS = 64, 32            # pictures on a contact sheet, rows of a comparison, at most
+
+MINI_PROMPTS = (
+    "a big red boat on the sea at sunset, in the middle",
+    "a small white house in the snow at night, on the left",
+    "a big green cactus in the desert at noon, on the right",
+    "in the morning, a large orange balloon in a meadow, in the center",
+    "under the stars, a huge purple rocket among the dunes, in the middle",
+    "a postcard of a little blue car in the city, on the left, in the evening sun",
+    "on the right, a big pink mushroom on the grass in bright daylight",
+    "a tiny yellow tree on a snowy plain at dawn, to the left",
+)
+SD_PROMPTS = (
+    "a photograph of an astronaut riding a horse",
+    "a lighthouse on a cliff at sunset, oil painting, thick brush strokes",
+    "close-up portrait of a red fox in the snow, soft morning light, 85mm photograph",
+    "a cozy wooden cabin by a mountain lake, reflections in the water, watercolor",
+)
+NO_WEIGHTS = ("no Stable Diffusion 1.5 found, so the bundled miniature paints postcards: put "
+              "v1-5-pruned-emaonly.safetensors into ./weights, or pass it with --weights FILE "
+              "(from huggingface.co/stable-diffusion-v1-5/stable-diffusion-v1-5)")
+
+
+class Shot(NamedTuple):
+    """One picture to take."""
+
+    prompt: str
+    seed: int
+
+
+class Method(NamedTuple):
+    """One way to be guided."""
+
+    name: str                       # stem of the guide's file, or cfg, or none
+    kind: str                       # tiny, full, cfg or none
+    guide: nn.Module | None = None
+
+
+# ------------------------------------------------------------------------------- a run
+
+def run(config: Config) -> None:
+    """All that the command does. Raises BadInput, CheckpointError or OSError with one sentence."""
+    config = settle(config)
+    check(config)
+    out = writable_folder(config.out)
+    path = ppdd.find_weights(config.weights)
+    print(NO_WEIGHTS if path == ppdd.MINI and not config.weights else f"base: {path}")
+    base = ppdd.load_base(path, DTYPES[config.dtype], config.device)
+    config = fit(config, base)
+    print(f"g = {config.g:g} (guidance scale {1 + config.g:g} elsewhere)")
+    prompts = [prompt for prompt in config.prompt for _ in range(config.n)]
+    shots = [Shot(prompt, config.seed + k) for k, prompt in enumerate(prompts)]
+    (compare if config.compare else write)(config, base, shots, out)
+
+
+def write(config: Config, base: Base, shots: list[Shot], out: Path) -> None:
+    """One PNG a shot, each saved as soon as its batch is done, and a contact sheet."""
+    method, number = find_method(config, base, config.guide), next_number(out)
+    start, shown = time.perf_counter(), []
+    with ThreadPoolExecutor(1) as pool, progress_bar(config, shots) as bar:
+        digest = pool.submit(ppdd.fingerprint, base.path)    # gigabytes, read while we sample
+        for batch in batches(config, shots):
+            for shot, image in zip(batch, paint(config, base, method, batch, bar.update)):
+                again = replace(config, prompt=(shot.prompt,), seed=shot.seed, n=1)
+                save_png(out / f"{number:03d}{slug(shot.prompt)}.png", image, ppdd=as_json(again),
+                         parameters=parameters(config, base, method, shot, digest.result()))
+                shown, number = [*shown, image][:SHOWN], number + 1
+    grid = free_name(out, "grid")
+    save_png(grid, contact_sheet(shown, 3 if is_mini(base) else 1), ppdd=as_json(config))
+    first = f"the first {SHOWN}" if len(shots) > SHOWN else "all"
+    print(f"{len(shots)} × PNG in {out}, {first} on {grid}: {time.perf_counter() - start:.1f} s")
+
+
+def paint(config: Config, base: Base, method: Method, shots: list[Shot],
+          progress: Callable[[], object] = lambda: None) -> list[Image.Image]:
+    """The pictures of one batch of shots; progress() is called once a prediction."""
+    width, height = sides(config.size)
+    c = base.embed([shot.prompt for shot in shots])                                 # (B, L, D)
+    empty = base.embed([config.negative]).expand_as(c) if method.kind == "cfg" else None
+    shape = (base.unet.config.in_channels, height // 8, width // 8)
+    z = ppdd.noise([shot.seed for shot in shots], shape).to(c.device)               # (B, Z, H, W)
+    z = ppdd.sample(base.unet, z, c, config.g, config.steps, method.guide, empty, config.sampler,
+                    progress)
+    pixels = base.decode(z).permute(0, 2, 3, 1).cpu().numpy()                       # (B, 8H, 8W, 3)
+    return [Image.fromarray(picture) for picture in pixels]
+
+
+def batches(config: Config, shots: list[Shot]) -> list[list[Shot]]:
+    return [shots[i:i + config.batch] for i in range(0, len(shots), config.batch)]
+
+
+def predictions(config: Config) -> int:
+    """Of one run of the sampler: PLMS takes its first step twice."""
+    return config.steps + (config.sampler == "plms" and config.steps > 1)
+
+
+def progress_bar(config: Config, shots: list[Shot], methods: int = 1) -> tqdm:
+    runs = methods * len(batches(config, shots))
+    return tqdm(total=runs * predictions(config), unit="prediction")
+
+
+def is_mini(base: Base) -> bool:
+    return base.unet.config.model_channels < 256
+
+
+# ------------------------------------------------------------------------------- what was asked for
+
+def settle(config: Config) -> Config:
+    """The configuration with its prompts read and every "auto" decided."""
+    device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    auto = "bf16" if device.startswith("cuda") else "fp32"
+    read = read_prompts(config.prompts) if config.prompts else ()
+    return replace(config, prompt=(*config.prompt, *read), prompts="", device=device,
+                   dtype=auto if config.dtype == "auto" else config.dtype,
+                   g=0.0 if config.guide == "none" and not config.compare else config.g)
+
+
+def check(config: Config) -> None:
+    """Raises BadInput for settings that can work with no base, before anything is loaded."""
+    text, named = "".join((config.negative, *config.prompt)), config.guide in COLUMNS
+    for wrong, sentence in (
+        (not 1 <= config.steps <= ppdd.TIMESTEPS, f"--steps {config.steps}: from 1 to 1000"),
+        (not abs(config.g) <= 1000, f"--g {config.g}: a number; 0 is no guidance, 8 is much"),
+        (not 1 <= config.n <= 10_000, f"--n {config.n}: from 1 to 10000"),
+        (not 1 <= config.batch <= 1024, f"--batch {config.batch}: from 1 to 1024"),
+        (not 0 <= config.seed < 2**53, f"--seed {config.seed}: from 0 to {2**53 - 1}"),
+        (not named and not config.guide.endswith(".safetensors"),
+         f"--guide {config.guide}: tiny, full, cfg, none or the path of a .safetensors guide"),
+        (config.negative and (config.guide != "cfg" or config.compare), "--negative is for "
+         "--guide cfg: a guide learns its negative prompt in training, from train.py --uncond"),
+        (config.guides and not Path(config.guides).expanduser().is_dir(),
+         f"--guides {config.guides}: there is no such folder"),
+        (text != text.encode(errors="ignore").decode(), "a prompt holds bytes that are not text"),
+    ):
+        if wrong:
+            raise BadInput(sentence)
+    if not named:
+        ppdd.read_about(Path(config.guide).expanduser())
+    sides(config.size or "512")
+    check_device(config.device)
+
+
+def check_device(name: str) -> None:
+    """Raises BadInput where this machine has no such device."""
+    there = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": torch.backends.mps.is_available()}
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise BadInput(f"--device {name}: cpu, cuda or cuda:1, for example") from None
+    if (device.index or 0) >= there.get(device.type, 0):
+        raise BadInput(f"--device {name}: there is none here; leave it out, or pass cpu")
+
+
+def read_prompts(file: str) -> list[str]:
+    """The lines of a UTF-8 file that are not blank."""
+    try:
+        lines = Path(file).expanduser().read_text(encoding="utf-8-sig").splitlines()
+    except UnicodeDecodeError:
+        raise BadInput(f"--prompts {file}: not a UTF-8 text") from None
+    if not any(map(str.strip, lines)):
+        raise BadInput(f"--prompts {file}: there is no prompt in it; write one a line")
+    return [line.strip() for line in lines if line.strip()]
+
+
+def sides(size: str) -> tuple[int, int]:
+    """Width and height in pixels of "768x512" or "512"."""
+    match = re.fullmatch(r"(\d{1,4})(?:x(\d{1,4}))?", size)
+    if not match:
+        raise BadInput(f"--size {size}: one side or WIDTHxHEIGHT, for example 768x512")
+    return int(match[1]), int(match[2] or match[1])
+
+
+def fit(config: Config, base: Base) -> Config:
+    """The configuration with the base's own prompts and size where none were given."""
+    width, height = sides(config.size or ("64" if is_mini(base) else "512"))
+    unit = 8 * 2 ** (len(base.unet.config.channel_mult) - 1)
+    if any(side % unit or not unit <= side <= 4096 for side in (width, height)):
+        raise BadInput(f"--size {config.size}: sides are multiples of {unit} with {base.name}, "
+                       "and at most 4096")
+    examples = MINI_PROMPTS if is_mini(base) else SD_PROMPTS
+    return replace(config, prompt=config.prompt or examples, size=f"{width}x{height}")
+
+
+# ------------------------------------------------------------------------------- guides
+
+def find_method(config: Config, base: Base, guide: str) -> Method:
+    """The guide of that name or path, loaded and announced; raises BadInput where there is none."""
+    if guide in ("cfg", "none"):
+        return Method(guide, guide)
+    path = find_guide(config, base, guide) if guide in COLUMNS else Path(guide).expanduser()
+    if path is None:
+        raise BadInput(f"there is no {guide} guide for {base.name}: train one with "
+                       f"`python train.py --guide {guide}`, or use --guide cfg")
+    made, about = ppdd.read_about(path)
+    module = ppdd.load_guide(path, base.unet.config, DTYPES[config.dtype], config.device)
+    print(describe(path, about, base))
+    low, high = about.get("g_range") or (config.g, config.g)
+    if not low <= config.g <= high:
+        print(f"warning: {path.stem} was trained for g from {low:g} to {high:g}", file=sys.stderr)
+    return Method(path.stem, made.kind, module)
+
+
+def find_guide(config: Config, base: Base, kind: str) -> Path | None:
+    """The most suitable guide of this kind that fits the base.
+
+    --guides comes before guides/BASE, and that before guides of other bases and the bundled ones;
+    then this base's own come first, then those distilled for about so many steps. Guides for a
+    single g are for whoever names them.
+    """
+    given, own = Path(config.guides).expanduser(), Path("guides") / base.name
+    bundled = Path(__file__).resolve().parent / "mini" / "guides"
+    pools = (given.glob("**/*.safetensors") if config.guides else (), own.glob("*.safetensors"),
+             (*Path("guides").glob("*/*.safetensors"), *bundled.glob("*.safetensors")))
+    ranked = []
+    for pool, path in ((pool, path) for pool, paths in enumerate(pools) for path in paths):
+        try:
+            made, about = ppdd.read_about(path)
+        except CheckpointError:
+            continue                                         # something else that lies there
+        low, high = about.get("g_range") or (0, 1)
+        if made.kind == kind and low < high:
+            ranked.append((pool, about.get("base") != base.name, *far(about, config.steps), path))
+    return next((path for *_, path in sorted(ranked) if fits(path, base.unet.config)), None)
+
+
+def far(about: dict, steps: int) -> tuple[bool, float]:
+    """How ill a guide suits so many steps: is it of the wrong stage, and by which ratio."""
+    made_for = about.get("steps") or 64                      # stage one: of whatever schedule
+    return (made_for == 64) != (steps > STAGE_ONE), abs(math.log(steps / made_for))
+
+
+def fits(path: Path, base: UNetConfig) -> bool:
+    """Whether a guide's tensors have the shapes that this base asks for; no weights are read."""
+    with torch.device("meta"):
+        guide = ppdd.build_guide(base, ppdd.read_about(path)[0])
+    with safe_open(path, framework="pt") as opened:
+        shapes = {name: opened.get_slice(name).get_shape() for name in opened.keys()}
+    return shapes == {name: list(tensor.shape) for name, tensor in guide.state_dict().items()}
+
+
+def describe(path: Path, about: dict, base: Base) -> str:
+    steps, made_on = about.get("steps") or 64, about.get("base")
+    said = [f"guide: {path}, distilled on {made_on} for {'any' if steps == 64 else steps} steps"]
+    if made_on != base.name:
+        said.append(f"folded into {base.name} as it is")
+    if about.get("uncond"):
+        said.append(f"away from {about['uncond']!r}")
+    return ", ".join(said)
+
+
+# ------------------------------------------------------------------------------- pictures on disk
+
+def writable_folder(name: str) -> Path:
+    """The folder, made where it is missing; raises OSError where nothing can be written."""
+    path = Path(name).expanduser()
+    path.mkdir(parents=True, exist_ok=True)
+    tempfile.TemporaryFile(dir=path).close()
+    return path
+
+
+def next_number(folder: Path) -> int:
+    """One more than the highest number that a picture in the folder begins with."""
+    found = (re.match(r"(\d{3,9})(-.*)?\.png$", path.name) for path in folder.iterdir())
+    return max((int(match[1]) for match in found if match), default=-1) + 1
+
+
+def free_name(folder: Path, stem: str) -> Path:
+    """stem.png, or where that is taken stem-2.png, stem-3.png, …"""
+    path, k = folder / f"{stem}.png", 2
+    while path.exists():
+        path, k = folder / f"{stem}-{k}.png", k + 1
+    return path
+
+
+def slug(prompt: str) -> str:
+    """The prompt in a file name: a dash and at most 60 of a-z, 0-9 and dashes; or nothing."""
+    plain = unicodedata.normalize("NFKD", prompt).encode("ascii", "ignore").decode().lower()
+    words = re.sub(r"[^a-z0-9]+", "-", plain).strip("-")[:60].strip("-")
+    return words and f"-{words}"
+
+
+def save_png(path: Path, image: Image.Image, **chunks: str) -> None:
+    """A PNG with text chunks, written under a temporary name and renamed: never half a file."""
+    info, temporary = PngInfo(), path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    for key, text in chunks.items():
+        info.add_text(key, text)
+    try:
+        image.save(temporary, "PNG", pnginfo=info)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def as_json(config: Config) -> str:
+    return json.dumps(asdict(config))
+
+
+def parameters(config: Config, base: Base, method: Method, shot: Shot, digest: str) -> str:
+    """What popular interfaces write into a picture and read from it."""
+    def quoted(name: str) -> str:
+        return json.dumps(name) if re.search(r'[,:"]', name) else name
+
+    negative = f"Negative prompt: {config.negative}\n" if config.negative else ""
+    return (f"{shot.prompt}\n{negative}Steps: {config.steps}, Sampler: {config.sampler.upper()}, "
+            f"CFG scale: {1 + config.g:g}, Seed: {shot.seed}, Size: {config.size}, "
+            f"Model hash: {digest[:10]}, Model: {quoted(base.name)}, "
+            f"Guide: {quoted(method.name)}, g: {config.g:g}, Version: ppdd")
+
+
+def contact_sheet(images: list[Image.Image], enlarge: int) -> Image.Image:
+    """The pictures on white, four a row, or eight where they are many."""
+    columns = min(len(images), 4 if len(images) <= 16 else 8)
+    width, height = (side * enlarge for side in images[0].size)
+    gap, rows = max(width // 24, 4), math.ceil(len(images) / columns)
+    sheet = Image.new("RGB", (columns * (width + gap) + gap, rows * (height + gap) + gap), "white")
+    for i, image in enumerate(images):
+        at = gap + i % columns * (width + gap), gap + i // columns * (height + gap)
+        sheet.paste(image.resize((width, height), Image.Resampling.NEAREST), at)
+    return sheet
+
+
+# ------------------------------------------------------------------------------- the comparison
+
+class Column(NamedTuple):
+    """What one method made of all shots."""
+
+    label: str
+    passes: str
+    milliseconds: float             # a picture, from prompt to pixels
+    images: list[Image.Image]
+
+
+def compare(config: Config, base: Base, shots: list[Shot], out: Path) -> None:
+    """One sheet: a row a shot, a column a method, the same noise along a row."""
+    if len(shots) > ROWS:
+        raise BadInput(f"--compare has room for {ROWS} rows, and these are {len(shots)}")
+    methods = {}
+    for guide in dict.fromkeys((*COLUMNS, config.guide)):
+        try:
+            methods[COLUMNS.get(guide, Path(guide).stem)] = find_method(config, base, guide)
+        except BadInput as error:
+            print(f"a column is left out: {error}")
+    with progress_bar(config, shots, len(methods)) as bar:
+        columns = [measure(config, base, *item, shots, bar.update) for item in methods.items()]
+    path, hardware = free_name(out, "compare"), f"{torch.get_num_threads()} CPU threads"
+    if config.device.startswith("cuda"):
+        hardware = torch.cuda.get_device_name(config.device)
+    times = {column.label: round(column.milliseconds, 2) for column in columns}
+    terms = (f"{config.steps} steps of {config.sampler.upper()}, g = {config.g:g}, the same noise "
+             f"along a row; time a picture in batches of {min(config.batch, len(shots))}, from "
+             f"prompt to pixels, {hardware}, {config.dtype}")
+    save_png(path, draw_comparison(columns, shots, terms, 4 if is_mini(base) else 1),
+             ppdd=as_json(config), milliseconds=json.dumps(times), terms=terms)
+    print(f"{terms}\n{path}: " + ", ".join(f"{label} {ms:,.1f} ms" for label, ms in times.items()))
+
+
+def measure(config: Config, base: Base, label: str, method: Method, shots: list[Shot],
+            progress: Callable[[], object]) -> Column:
+    """The shots' pictures and the time they took; one step goes before that, unmeasured."""
+    paint(replace(config, steps=1), base, method, shots[:config.batch])
+    start, images = time.perf_counter(), []
+    for batch in batches(config, shots):
+        images += paint(config, base, method, batch, progress)
+    milliseconds = 1000 * (time.perf_counter() - start) / len(shots)
+    n = predictions(config) * (2 if method.kind == "cfg" else 1)
+    passes = f"{n} UNet + {n} guide passes" if method.kind == "full" else f"{n} UNet passes"
+    return Column(label, passes, milliseconds, images)
+
+
+def draw_comparison(columns: list[Column], shots: list[Shot], terms: str,
+                    enlarge: int) -> Image.Image:
+    """Headers over the columns, prompts beside the rows, the terms of the comparison below."""
+    width, height = (side * enlarge for side in columns[0].images[0].size)
+    unit = max(width, 256) / 256
+    left, top, gap = round(226 * unit), round(112 * unit), round(14 * unit)
+    title, small = (ImageFont.load_default(points * unit) for points in (23, 15))
+    sheet = Image.new("RGB", (left + len(columns) * (width + gap) + 2 * gap,
+                              top + len(shots) * (height + gap) + 4 * gap), "white")
+    draw = ImageDraw.Draw(sheet)
+    for i, column in enumerate(columns):
+        x, time_said = left + i * (width + gap), f"{column.milliseconds:,.0f} ms"
+        for y, text, color, font in ((34, column.label, "#111", title),
+                                     (64, column.passes, "#777", small),
+                                     (86, time_said, "#777", small)):
+            draw.text((x + width / 2, y * unit), text, color, font, anchor="mm")
+        for row, image in enumerate(column.images):
+            enlarged = image.resize((width, height), Image.Resampling.NEAREST)
+            sheet.paste(enlarged, (x, top + row * (height + gap)))
+    for row, shot in enumerate(shots):
+        text = textwrap.fill(shot.prompt, 23, max_lines=9, placeholder=" …")
+        middle = top + row * (height + gap) + height / 2
+        draw.multiline_text((2 * gap, middle), text, "#777", small, anchor="lm", spacing=6 * unit)
+    draw.text((left, sheet.height - 2.5 * gap), terms, "#aaa", small, anchor="lm")
+    return sheet
+
+
+# ------------------------------------------------------------------------------- command line
+
+class Parser(argparse.ArgumentParser):
+    """Answers bad input with one sentence, without its usage."""
+
+    def error(self, message: str) -> None:
+        self.exit(2, f"{self.prog}: {message}\n")
+
+
+def command_line() -> Parser:
+    """One flag a field of `Config`."""
+    parser = Parser(prog="sample.py", description=__doc__.splitlines()[0])
+    for f in fields(Config):
+        flag, more = "--" + f.name.replace("_", "-"), dict(f.metadata)
+        if isinstance(f.default, bool):
+            parser.add_argument(flag, action="store_true", **more)
+        elif isinstance(f.default, tuple):
+            parser.add_argument(flag, nargs="+", action="extend", default=[], **more)
+        else:
+            more["help"] += " (%(default)s)" if f.default != "" else ""
+            parser.add_argument(flag, type=type(f.default), default=f.default, **more)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = command_line()
+    given = parser.parse_args(argv)
+    try:
+        run(Config(**vars(given) | {"prompt": tuple(given.prompt)}))
+    except torch.cuda.OutOfMemoryError:
+        parser.error(f"out of GPU memory: pass --batch below {given.batch}, or a smaller --size")
+    except OSError as error:
+        parser.error(f"{error.filename or given.out}: {error.strerror or error}")
+    except (BadInput, CheckpointError, ImportError) as error:
+        parser.error(str(error))
+
+
+if __name__ == "__main__":
+    main()
