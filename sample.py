@@ -1,8 +1,8 @@
 """Text to pictures: `python sample.py --steps 8 --g 8`.
 
 Writes one PNG a picture and a contact sheet; with --compare one sheet of no guidance, CFG and the
-guides side by side, from the same noise. Picture k of a run starts from noise of its own, of seed + k,
-so that no batch size changes it, and its PNG holds the `Config` that makes it again.
+guides side by side, from the same noise. Picture k of a run starts from noise of its own, that of
+seed + k, so that no batch size changes it; its PNG holds the `Config` that makes it again.
 """
 
 from __future__ import annotations
@@ -118,9 +118,9 @@ def run(config: Config) -> None:
     check(config)
     out = writable_folder(config.out)
     path = ppdd.find_weights(config.weights)
-    print(NO_WEIGHTS if path == ppdd.MINI and not config.weights else f"base: {path}")
     base = ppdd.load_base(path, DTYPES[config.dtype], config.device)
     config = fit(config, base)
+    print(NO_WEIGHTS if path == ppdd.MINI and not config.weights else f"base: {path}")
     print(f"g = {config.g:g} (guidance scale {1 + config.g:g} elsewhere)")
     prompts = [prompt for prompt in config.prompt for _ in range(config.n)]
     shots = [Shot(prompt, config.seed + k) for k, prompt in enumerate(prompts)]

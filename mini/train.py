@@ -83,11 +83,11 @@ class Config:
     seed: int = 0
     pictures: int = 32_000              # postcards; each style has an eighth of that
     captions: int = 60_000
-    vae_updates: int = 11_000
-    vae_batch: int = 16
-    clip_updates: int = 2_500
+    vae_updates: int = 10_000
+    vae_batch: int = 8
+    clip_updates: int = 2_000
     clip_batch: int = 128
-    judge_updates: int = 1_500
+    judge_updates: int = 1_200
     judge_batch: int = 64
     unet_updates: int = 20_000
     unet_batch: int = 64

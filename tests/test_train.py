@@ -1,0 +1,180 @@
+"""What train.py promises: the base stays as it is, a killed run goes on exactly, bad input is said."""
+
+import json
+from dataclasses import asdict, replace
+
+import pytest
+import torch
+from conftest import randomised
+from PIL import Image
+from safetensors.torch import load_file
+
+import ppdd
+import train
+from clip_text import TextConfig, TextEncoder
+from unet import UNet, UNetConfig
+from vae import VAE, VAEConfig
+
+UNET = UNetConfig(model_channels=32, channel_mult=(1, 2), num_res_blocks=1, attention=(True, True),
+                  num_heads=4, context_dim=32, norm_groups=8)
+PARTS = {
+    "model.diffusion_model.": (UNet, UNET, "unet_config"),
+    "first_stage_model.": (VAE, VAEConfig(ch=16, ch_mult=(1, 2, 2, 2), num_res_blocks=1,
+                                          norm_groups=8), "vae_config"),
+    "cond_stage_model.transformer.text_model.": (TextEncoder, TextConfig(width=32, layers=2, heads=4),
+                                                 "text_config"),
+}
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory):
+    """A random base in the official single-file layout."""
+    path, tensors, metadata = tmp_path_factory.mktemp("base") / "toy.safetensors", {}, {}
+    for prefix, (build, config, key) in PARTS.items():
+        module = randomised(lambda build=build, config=config: build(config))
+        tensors |= {prefix + k: v for k, v in module.state_dict().items()}
+        metadata[key] = json.dumps(asdict(config))
+    ppdd.save_tensors(path, tensors, metadata)
+    return path
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def run(base, *more, updates=3):
+    train.main(["--weights", str(base), "--batch", "4", "--pictures", "40", "--max-updates",
+                str(updates), "--grid-every", "2", "--save-every", "2", "--device", "cpu", *more])
+
+
+def guides(here):
+    return {p.stem: load_file(p) for p in sorted(here.glob("guides/toy/*.safetensors"))}
+
+
+@pytest.mark.parametrize("kind", ["tiny", "full"])
+def test_one_command_leaves_a_guide_for_every_stage(base, here, kind):
+    before = ppdd.fingerprint(base)
+    run(base, "--guide", kind)
+    assert set(guides(here)) == {kind, f"{kind}-32", f"{kind}-16", f"{kind}-8"}
+    assert ppdd.fingerprint(base) == before
+    for name, steps in ((kind, 0), (f"{kind}-8", 8)):
+        config, about = ppdd.read_about(here / f"guides/toy/{name}.safetensors")
+        assert config.kind == kind and about["steps"] == steps and about["base"] == "toy"
+        assert about["base_hash"] == before and about["g_range"] == [2.0, 9.0]
+        guide = ppdd.load_guide(here / f"guides/toy/{name}.safetensors", UNET)
+        assert any(p.abs().max() > 0 for n, p in guide.named_parameters() if "z3" in n or "zero" in n)
+
+
+def test_training_logs_loss_and_unexplained_share_and_draws_pictures(base, here):
+    run(base)
+    entries = [json.loads(line) for line in (here / "runs/toy/tiny/log.jsonl").open()]
+    assert [e["steps"] for e in entries] == [0, 32, 16, 8]
+    assert all(e["loss"] > 0 and e["unexplained"] > 0 for e in entries)
+    pictures = sorted((here / "runs/toy/tiny").glob("*.png"))
+    assert len(pictures) == 8 and Image.open(pictures[0]).size == (256, 128)
+    assert not (here / "runs/toy/tiny/state.safetensors").exists()
+
+
+@pytest.mark.parametrize("after", [1, 4, 6, 9])
+def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(base, here, monkeypatch, after):
+    run(base, "--out", "whole", "--run", "whole-run")
+    step, count = train.Run.step, 0
+
+    def dies(self, stage):
+        nonlocal count
+        count += 1
+        if count > after:
+            raise KeyboardInterrupt
+        return step(self, stage)
+
+    monkeypatch.setattr(train.Run, "step", dies)
+    with pytest.raises(SystemExit):
+        run(base)
+    monkeypatch.setattr(train.Run, "step", step)
+    state = (here / "runs/toy/tiny/state.safetensors").exists()
+    run(base, *["--resume"] * state)
+    assert state == (after >= 2)
+    for name, tensors in guides(here).items():
+        whole = load_file(here / f"whole/toy/{name}.safetensors")
+        assert all(torch.equal(tensors[k], whole[k]) for k in whole)
+    logs = [[{k: v for k, v in json.loads(line).items() if k != "time"} for line in path.open()]
+            for path in (here / "runs/toy/tiny/log.jsonl", here / "whole-run/log.jsonl")]
+    assert logs[0] == logs[1]
+
+
+def test_an_unfinished_run_is_not_overwritten_nor_resumed_with_other_settings(base, here, capsys):
+    config = train.parse(["--weights", str(base), "--max-updates", "2", "--batch", "4"])
+    unfinished = train.prepare(replace(config, pictures=40))
+    unfinished.save()
+    for more, word in ((["--pictures", "40"], "--resume"), (["--resume", "--seed", "5"], "seed")):
+        with pytest.raises(SystemExit) as stopped:
+            run(base, *more, updates=2)
+        assert stopped.value.code == 2 and word in capsys.readouterr().err
+    assert (here / "runs/toy/tiny/state.safetensors").exists()
+
+
+def test_a_fixed_g_goes_into_the_name_and_a_negative_prompt_into_the_target(base, here):
+    run(base, "--g-range", "8", "8", "--end-steps", "32", updates=2)
+    plain = guides(here)
+    assert set(plain) == {"tiny-g8", "tiny-32-g8"}
+    run(base, "--g-range", "8", "8", "--end-steps", "32", "--uncond", "blurry", updates=2)
+    other = guides(here)
+    assert not torch.equal(plain["tiny-g8"]["theta_z3.0.weight"], other["tiny-g8"]["theta_z3.0.weight"])
+
+
+def test_no_picture_is_drawn_twice_for_a_seed_and_g_stays_in_its_range(base, here):
+    run_ = train.prepare(train.parse(["--weights", str(base), "--pictures", "40", "--batch", "16"]))
+    first = run_.draw(torch.Generator().manual_seed(3))
+    again = run_.draw(torch.Generator().manual_seed(3))
+    other = run_.draw(torch.Generator().manual_seed(4))
+    assert all(torch.equal(a, b) for a, b in zip(first, again))
+    assert not torch.equal(first[1], other[1])
+    g = first[3]
+    assert len(g.unique()) == 16 and 2 <= g.min() and g.max() <= 9
+
+
+def test_a_folder_of_captioned_pictures_trains_the_guide(base, here):
+    folder = here / "data" / "deeper"
+    folder.mkdir(parents=True)
+    for i, (mode, size) in enumerate((("RGB", (90, 70)), ("L", (64, 200)), ("RGBA", (64, 64)))):
+        Image.new(mode, size, 40 * i if mode == "L" else None).save(folder / f"{i}.png")
+        (folder / f"{i}.txt").write_text(f"picture {i}\n", encoding="utf-8")
+    Image.new("RGB", (64, 64)).save(folder / "no-caption.png")
+    run(base, "--data", "data", "--size", "64", "--end-steps", "64", updates=2)
+    assert set(guides(here)) == {"tiny"}
+    data = train.Folder(ppdd.load_base(base), "data", 64)
+    moments, c = data[[0, 1, 2]]
+    assert len(data) == 3 and moments.shape == (3, 8, 8, 8) and c.shape == (3, 77, 32)
+
+
+def test_a_loss_that_is_not_finite_stops_and_says_what_to_try(base, here, monkeypatch, capsys):
+    distill = train.Run.distill
+
+    def broken(self, stage, generator):
+        result = distill(self, stage, generator)
+        return replace(result, loss=result.loss * float("nan")) if self.update == 1 else result
+
+    monkeypatch.setattr(train.Run, "distill", broken)
+    with pytest.raises(SystemExit) as stopped:
+        run(base)
+    said = capsys.readouterr().err
+    assert stopped.value.code == 2 and "update 2" in said and "--lr" not in said.split("lower")[0]
+
+
+@pytest.mark.parametrize("more, word", [
+    (["--g-range", "9", "2"], "g-range"), (["--g-range", "nan", "nan"], "g-range"),
+    (["--batch", "0"], "batch"), (["--size", "100"], "size"), (["--updates", "-1"], "negative"),
+    (["--save-every", "0"], "save-every"), (["--lr", "nan"], "rate"), (["--clip", "0"], "clip"),
+    (["--start-steps", "60"], "power of two"), (["--end-steps", "0"], "power of two"),
+    (["--guide", "huge"], "invalid choice"), (["--data", "nowhere"], "not a folder"),
+    (["--resume"], "no unfinished run"), (["--weights", "nowhere.safetensors"], "does not exist"),
+    (["--init", "nowhere.safetensors"], "does not exist"), (["--seed", "-1"], "seed"),
+])
+def test_bad_input_is_one_sentence_and_exit_code_2(base, here, capsys, more, word):
+    with pytest.raises(SystemExit) as stopped:
+        train.main(["--weights", str(base), "--device", "cpu", "--pictures", "8", *more])
+    said = capsys.readouterr().err
+    assert stopped.value.code == 2 and word in said and "Traceback" not in said
+    assert not (here / "guides").exists()
