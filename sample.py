@@ -140,7 +140,7 @@ def write(config: Config, base: Base, shots: list[Shot], out: Path) -> None:
                          parameters=parameters(config, base, method, shot, digest.result()))
                 shown, number = [*shown, image][:SHOWN], number + 1
     grid = free_name(out, "grid")
-    save_png(grid, contact_sheet(shown, 3 if is_mini(base) else 1), ppdd=as_json(config))
+    save_png(grid, contact_sheet(shown), ppdd=as_json(config))
     first = f"the first {SHOWN}" if len(shots) > SHOWN else "all"
     print(f"{len(shots)} × PNG in {out}, {first} on {grid}: {time.perf_counter() - start:.1f} s")
 
@@ -381,16 +381,21 @@ def parameters(config: Config, base: Base, method: Method, shot: Shot, digest: s
             f"Guide: {quoted(method.name)}, g: {config.g:g}, Version: ppdd")
 
 
-def contact_sheet(images: list[Image.Image], enlarge: int) -> Image.Image:
+def contact_sheet(images: list[Image.Image]) -> Image.Image:
     """The pictures on white, four a row, or eight where they are many."""
-    columns = min(len(images), 4 if len(images) <= 16 else 8)
-    width, height = (side * enlarge for side in images[0].size)
-    gap, rows = max(width // 24, 4), math.ceil(len(images) / columns)
+    images = [enlarged(image, 192) for image in images]
+    columns, (width, height) = min(len(images), 4 if len(images) <= 16 else 8), images[0].size
+    gap, rows = width // 24, math.ceil(len(images) / columns)
     sheet = Image.new("RGB", (columns * (width + gap) + gap, rows * (height + gap) + gap), "white")
     for i, image in enumerate(images):
-        at = gap + i % columns * (width + gap), gap + i // columns * (height + gap)
-        sheet.paste(image.resize((width, height), Image.Resampling.NEAREST), at)
+        sheet.paste(image, (gap + i % columns * (width + gap), gap + i // columns * (height + gap)))
     return sheet
+
+
+def enlarged(image: Image.Image, width: int) -> Image.Image:
+    """The picture with every pixel a square, so that it is at least so wide."""
+    times = math.ceil(width / image.width)
+    return image.resize((times * image.width, times * image.height), Image.Resampling.NEAREST)
 
 
 # ------------------------------------------------------------------------------- the comparison
@@ -421,10 +426,10 @@ def compare(config: Config, base: Base, shots: list[Shot], out: Path) -> None:
         hardware = torch.cuda.get_device_name(config.device)
     times = {column.label: round(column.milliseconds, 2) for column in columns}
     terms = (f"{config.steps} steps of {config.sampler.upper()}, g = {config.g:g}, the same noise "
-             f"along a row; time a picture in batches of {min(config.batch, len(shots))}, from "
-             f"prompt to pixels, {hardware}, {config.dtype}")
-    save_png(path, draw_comparison(columns, shots, terms, 4 if is_mini(base) else 1),
-             ppdd=as_json(config), milliseconds=json.dumps(times), terms=terms)
+             f"along a row; milliseconds a picture, from prompt to pixels, in batches of "
+             f"{min(config.batch, len(shots))}: {hardware}, {config.dtype}")
+    save_png(path, draw_comparison(columns, shots, terms), ppdd=as_json(config),
+             milliseconds=json.dumps(times), terms=terms)
     print(f"{terms}\n{path}: " + ", ".join(f"{label} {ms:,.1f} ms" for label, ms in times.items()))
 
 
@@ -441,30 +446,28 @@ def measure(config: Config, base: Base, label: str, method: Method, shots: list[
     return Column(label, passes, milliseconds, images)
 
 
-def draw_comparison(columns: list[Column], shots: list[Shot], terms: str,
-                    enlarge: int) -> Image.Image:
+def draw_comparison(columns: list[Column], shots: list[Shot], terms: str) -> Image.Image:
     """Headers over the columns, prompts beside the rows, the terms of the comparison below."""
-    width, height = (side * enlarge for side in columns[0].images[0].size)
-    unit = max(width, 256) / 256
-    left, top, gap = round(226 * unit), round(112 * unit), round(14 * unit)
+    rows = [[enlarged(image, 256) for image in row] for row in zip(*(c.images for c in columns))]
+    width, height = rows[0][0].size
+    unit = width / 256
+    left, top, gap = round(206 * unit), round(112 * unit), round(14 * unit)
     title, small = (ImageFont.load_default(points * unit) for points in (23, 15))
-    sheet = Image.new("RGB", (left + len(columns) * (width + gap) + 2 * gap,
-                              top + len(shots) * (height + gap) + 4 * gap), "white")
+    sheet = Image.new("RGB", (left + len(columns) * (width + gap) + gap,
+                              top + len(rows) * (height + gap) + 6 * gap), "white")
     draw = ImageDraw.Draw(sheet)
     for i, column in enumerate(columns):
-        x, time_said = left + i * (width + gap), f"{column.milliseconds:,.0f} ms"
-        for y, text, color, font in ((34, column.label, "#111", title),
-                                     (64, column.passes, "#777", small),
-                                     (86, time_said, "#777", small)):
-            draw.text((x + width / 2, y * unit), text, color, font, anchor="mm")
-        for row, image in enumerate(column.images):
-            enlarged = image.resize((width, height), Image.Resampling.NEAREST)
-            sheet.paste(enlarged, (x, top + row * (height + gap)))
-    for row, shot in enumerate(shots):
-        text = textwrap.fill(shot.prompt, 23, max_lines=9, placeholder=" …")
-        middle = top + row * (height + gap) + height / 2
-        draw.multiline_text((2 * gap, middle), text, "#777", small, anchor="lm", spacing=6 * unit)
-    draw.text((left, sheet.height - 2.5 * gap), terms, "#aaa", small, anchor="lm")
+        middle = left + i * (width + gap) + width / 2
+        draw.text((middle, 34 * unit), column.label, "#111", title, anchor="mm")
+        draw.text((middle, 64 * unit), column.passes, "#777", small, anchor="mm")
+        draw.text((middle, 86 * unit), f"{column.milliseconds:,.0f} ms", "#777", small, anchor="mm")
+    for row, (shot, images) in enumerate(zip(shots, rows)):
+        y, said = top + row * (height + gap), textwrap.fill(shot.prompt, 22, max_lines=9)
+        draw.text((2 * gap, y + height / 2), said, "#777", small, anchor="lm", spacing=6 * unit)
+        for i, image in enumerate(images):
+            sheet.paste(image, (left + i * (width + gap), y))
+    said = textwrap.fill(terms, 36 * len(columns))
+    draw.text((left, sheet.height - 5 * gap), said, "#aaa", small, spacing=6 * unit)
     return sheet
 
 
@@ -497,6 +500,8 @@ def main(argv: list[str] | None = None) -> None:
     given = parser.parse_args(argv)
     try:
         run(Config(**vars(given) | {"prompt": tuple(given.prompt)}))
+    except KeyboardInterrupt:
+        parser.exit(130, "stopped; the pictures of finished batches are kept\n")
     except torch.cuda.OutOfMemoryError:
         parser.error(f"out of GPU memory: pass --batch below {given.batch}, or a smaller --size")
     except OSError as error:

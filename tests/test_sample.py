@@ -299,10 +299,10 @@ def test_a_negative_prompt_baked_in_is_told(here, capsys):
 def test_a_comparison(here):
     assert command("--compare --steps 2 --prompt tree boat") == []
     sheet = Image.open("out/compare.png")
-    assert sheet.size == (226 + 4 * 270 + 28, 112 + 2 * 270 + 56)
+    assert sheet.size == (206 + 4 * 270 + 14, 112 + 2 * 270 + 84)
     assert list(json.loads(sheet.text["milliseconds"])) == list(sample.COLUMNS.values())
     command("--steps 2 --guide cfg --prompt tree boat")
-    cell = sheet.crop((226 + 270, 112 + 270, 226 + 270 + 256, 112 + 270 + 256))
+    cell = sheet.crop((206 + 270, 112 + 270, 206 + 270 + 256, 112 + 270 + 256))
     boat = Image.open("out/001-boat.png").resize((256, 256), Image.Resampling.NEAREST)
     assert abs(np.asarray(cell).astype(int) - np.asarray(boat)).max() <= 1
     command("--compare --steps 2 --prompt tree")

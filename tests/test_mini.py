@@ -1,0 +1,98 @@
+"""The bundled miniature is what the README says: a whole Stable Diffusion whose guides work."""
+
+import json
+import random
+
+import pytest
+import torch
+
+import ppdd
+from mini import postcards
+from mini.check import World
+from mini.judge import load_judge
+
+GUIDES = ppdd.MINI.parent / "guides"
+
+
+@pytest.fixture(scope="module")
+def world():
+    """96 fresh pictures with captions that name every attribute."""
+    return World(ppdd.load_base(ppdd.MINI), load_judge(ppdd.MINI.parent / "judge.safetensors"), 96, 5)
+
+
+def test_a_postcard_is_its_attributes_and_its_seed():
+    a = postcards.sample_attributes(20, torch.Generator().manual_seed(0))
+    for style in postcards.STYLES:
+        first = postcards.draw(a, style, torch.Generator().manual_seed(1))
+        again = postcards.draw(a, style, torch.Generator().manual_seed(1))
+        other = postcards.draw(a, style, torch.Generator().manual_seed(2))
+        assert first.shape == (20, 3, 64, 64) and 0 <= first.min() and first.max() <= 1
+        assert torch.equal(first, again) and not torch.equal(first, other)
+    with pytest.raises(ValueError, match="style"):
+        postcards.draw(a, "cubist")
+
+
+@pytest.mark.parametrize("column", range(6))
+def test_every_attribute_shows(column):
+    a = postcards.sample_attributes(1, torch.Generator().manual_seed(0)).repeat(8, 1)
+    a[:, column] = torch.arange(8) % len(list(postcards.ATTRIBUTES.values())[column])
+    pictures = [postcards.draw(row[None], generator=torch.Generator().manual_seed(1)) for row in a]
+    different = len({p.numpy().tobytes() for p in pictures})
+    assert different == len(list(postcards.ATTRIBUTES.values())[column])
+
+
+def test_captions_say_what_is_shown_and_a_share_of_them_lies():
+    a, rng = torch.tensor([0, 0, 0, 3, 0, 1]), random.Random(0)
+    full = [postcards.caption(a, rng, left_out=False) for _ in range(50)]
+    assert len(set(full)) > 30
+    assert all("red boat" in t and t.count("  ") == 0 and "{" not in t for t in full)
+    assert all(any(p in t for p in ("on the sea", "at sea")) for t in full)
+    assert any(t.startswith("a big red boat on the sea at night, on the left") or "at night" in t
+               for t in full)
+    told = [postcards.training_caption(a, rng, lies=.3) for _ in range(2000)]
+    assert .2 < sum("red boat" not in t for t in told) / 2000 < .4
+    assert postcards.caption(torch.tensor([0, 1, 0, 0, 0, 0]), random.Random(3)).count("a orange") == 0
+
+
+def test_the_judge_reads_real_pictures(world):
+    assert world.right(world.real)["all"] >= .97
+
+
+def test_reconstructions_are_judged_like_the_originals(world):
+    with torch.no_grad():
+        moments = world.base.vae.encode(world.real * 2 - 1)
+        decoded = world.base.vae.decode(world.base.vae.config.scale_factor * moments[:, :4])
+    assert (decoded / 2 + .5 - world.real).abs().mean() < .03
+    assert world.right((decoded / 2 + .5).clamp(0, 1))["all"] >= .9
+
+
+def test_cfg_follows_captions_and_no_guidance_does_so_much_less(world):
+    guided = world.sampled("CFG", 8., 25, cfg=True)["right"]["all"]
+    free = world.sampled("no guidance", 0., 25)["right"]["all"]
+    assert guided >= .8 and free <= guided - .1
+
+
+def test_every_bundled_guide_beats_no_guidance(world):
+    free = world.sampled("no guidance", 0., 8)["right"]["all"]
+    names = {p.stem for p in GUIDES.glob("*.safetensors")}
+    assert names == {f"{k}{s}" for k in ("tiny", "full") for s in ("", "-32", "-16", "-8")} | {"tiny-8-g8"}
+    for name in ("full-8", "tiny-8", "tiny-8-g8"):
+        guide = ppdd.load_guide(GUIDES / f"{name}.safetensors", world.base.unet.config)
+        assert world.sampled(name, 8., 8, guide)["right"]["all"] > free
+
+
+def test_guides_say_which_base_made_them():
+    for path in GUIDES.glob("*.safetensors"):
+        config, about = ppdd.read_about(path)
+        assert config.kind == path.stem.split("-")[0]
+        assert about["base_hash"] == ppdd.fingerprint(ppdd.MINI)
+
+
+def test_the_miniature_is_small_and_carries_its_configuration():
+    from safetensors import safe_open
+
+    assert ppdd.MINI.stat().st_size < 25 * 2**20
+    with safe_open(ppdd.MINI, framework="pt") as opened:
+        assert {"unet_config", "vae_config", "text_config"} <= set(opened.metadata())
+        assert all(opened.get_slice(k).get_dtype() == "F16" for k in opened.keys())
+        assert json.loads(opened.metadata()["text_config"])["vocab_size"] == 49408
