@@ -21,6 +21,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -29,6 +30,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from clip_text import TextEncoder, Tokenizer, embed, load_text_encoder
 from unet import (
@@ -141,6 +143,8 @@ class GuideConfig:
             "end" (the end-of-text token) or "attention" (`queries` learned queries, each with
             its own share of the C channels)
     form    "sum" is Eq. 5; in "product" g multiplies what the timestep and the text say
+    hint    channels of the full guide's first hint convolutions; 0 takes model_channels / 20:
+            ControlNet's 16 for SD 1.5
     """
 
     kind: str = "tiny"
@@ -148,6 +152,7 @@ class GuideConfig:
     pool: str = "attention"
     queries: int = 16
     form: str = "sum"
+    hint: int = 0
 
 
 class TinyGuide(nn.Module):
@@ -213,7 +218,8 @@ class FullGuide(Encoder):
     def __init__(self, base: UNetConfig, config: GuideConfig = GuideConfig(kind="full")):
         super().__init__(base)
         self.guide_config, channels = config, injection_channels(base)
-        self.input_hint_block = _hint_encoder(base.model_channels)
+        hint = config.hint or round(base.model_channels / 20)
+        self.input_hint_block = _hint_encoder(hint, base.model_channels)
         self.zero_convs = nn.ModuleList(nn.Sequential(_zero_conv(ch)) for ch in channels[:-1])
         self.middle_block_out = nn.Sequential(_zero_conv(channels[-1]))
 
@@ -253,13 +259,16 @@ def _zero_conv(channels: int, c_in: int | None = None) -> nn.Conv2d:
     return conv
 
 
-def _hint_encoder(channels: int) -> nn.Sequential:
-    """Eight 3×3 convolutions from 3 channels at picture size to `channels` at latent size."""
-    layers: list[nn.Module] = []
-    for c_in, c_out, stride in ((3, 16, 1), (16, 16, 1), (16, 32, 2), (32, 32, 1), (32, 96, 2),
-                                (96, 96, 1), (96, 256, 2)):
-        layers += [nn.Conv2d(c_in, c_out, 3, stride, padding=1), nn.SiLU()]
-    return nn.Sequential(*layers, _zero_conv(channels, 256))
+def _hint_encoder(width: int, channels: int) -> nn.Sequential:
+    """Eight 3×3 convolutions from 3 channels at picture size to `channels` at latent size.
+
+    With width 16 these are ControlNet's 16, 32, 96 and 256 channels.
+    """
+    layers, c_in = [], 3
+    for multiple, stride in ((1, 1), (1, 1), (2, 2), (2, 1), (6, 2), (6, 1), (16, 2)):
+        layers += [nn.Conv2d(c_in, multiple * width, 3, stride, padding=1), nn.SiLU()]
+        c_in = multiple * width
+    return nn.Sequential(*layers, _zero_conv(channels, c_in))
 
 
 # ------------------------------------------------------------------------------- the losses
@@ -522,6 +531,13 @@ def load_guide(path: Path, base: UNetConfig, dtype: torch.dtype = torch.float32,
 
 
 # ------------------------------------------------------------------------------- keeping a run
+
+def quick_attention(device: torch.device | str) -> AbstractContextManager:
+    """On a CPU, attention in plain matrix products: the fused kernel's backward is slow there."""
+    if torch.device(device).type == "cpu":
+        return sdpa_kernel(SDPBackend.MATH)
+    return nullcontext()
+
 
 def save_tensors(path: str | Path, tensors: dict[str, Tensor],
                  metadata: dict[str, str] | None = None) -> None:

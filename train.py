@@ -278,7 +278,8 @@ class Run:
         for group in self.optimizer.param_groups:
             group["lr"] = stage.lr * rate(self.update, stage.updates)
         bf16 = {"auto": self.device.type == "cuda", "fp32": False, "bf16": True}[self.config.dtype]
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=bf16):
+        autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=bf16)
+        with autocast, ppdd.quick_attention(self.device):
             result = self.distill(stage, torch.Generator().manual_seed(seed))
         loss, unexplained = torch.stack([result.loss.detach(), result.unexplained]).tolist()
         if not math.isfinite(loss):
@@ -287,7 +288,8 @@ class Run:
                 f"last checkpoint with --resume and a lower --{'halving-' * bool(stage.steps)}lr "
                 f"(now {stage.lr:g}), or with --dtype fp32")
         self.optimizer.zero_grad(set_to_none=True)
-        result.loss.backward()
+        with ppdd.quick_attention(self.device):
+            result.loss.backward()
         nn.utils.clip_grad_norm_(self.guide.parameters(), self.config.clip)
         self.optimizer.step()
         self.update += 1

@@ -111,6 +111,25 @@ def measure(count: int, seed: int) -> dict:
     return result
 
 
+ROWS = {"no guidance": "no guidance, 50 steps", "CFG 50": "CFG, 50 steps", "full": "full guide, 50",
+        "tiny": "tiny guide, 50", "CFG 16": "CFG, 16 steps", "full-16": "full guide, 16",
+        "tiny-16": "tiny guide, 16", "CFG 8": "CFG, 8 steps", "full-8": "full guide, 8",
+        "tiny-8": "tiny guide, 8", "tiny-8-g8": "tiny guide, 8, trained at g = 8 only"}
+
+
+def table(result: dict) -> str:
+    """The README's table of a result file, in Markdown."""
+    names = list(postcards.ATTRIBUTES)
+    lines = [f"| g = 8 | UNet passes | all right | {' | '.join(names)} | unexplained |",
+             "|---" * (len(names) + 4) + "|"]
+    for key, title in ROWS.items():
+        row = result[key]
+        shares = [f"{100 * row['right'][k]:.1f}" for k in ("all", *names)]
+        left = f"{100 * row['unexplained']['all']:.1f}" if "unexplained" in row else ""
+        lines.append(f"| {title} | {row['UNet passes']} | {' | '.join(shares)} | {left} |")
+    return "\n".join(lines)
+
+
 def commit() -> str:
     asked = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=10"], cwd=ROOT,
                            capture_output=True, text=True)
@@ -122,7 +141,10 @@ if __name__ == "__main__":
     parser.add_argument("--count", type=int, default=1000, help="pictures (%(default)s)")
     parser.add_argument("--seed", type=int, default=1000, help="of everything (%(default)s)")
     parser.add_argument("--out", default=str(ROOT / "results" / "mini.json"), help="(%(default)s)")
+    parser.add_argument("--table", action="store_true", help="print the table of what is there")
     options = parser.parse_args()
+    if options.table:
+        raise SystemExit(print(table(json.loads(Path(options.out).read_text()))))
     text = json.dumps(measure(options.count, options.seed), indent=1) + "\n"
     Path(options.out).parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(options.out).with_suffix(".tmp")

@@ -15,6 +15,7 @@ from __future__ import annotations
 import functools
 import math
 import random
+import sys
 
 import torch
 from torch import Tensor
@@ -426,3 +427,25 @@ def draw(attributes: Tensor, style: str = "postcard",
                 paint_subject(canvas, kind, attributes[rows])
             image = image.index_copy(0, rows, canvas.image)
     return finish(image, style)
+
+
+def contact_sheet(generator: torch.Generator, columns: int = 8, rows: int = 2) -> Tensor:
+    """(3, H, W): every style in turn, the same scenes, all subjects, places and times."""
+    a = sample_attributes(columns * rows, generator)
+    k = torch.arange(len(a))
+    a[:, 0], a[:, 2], a[:, 3] = k % len(SUBJECTS), k // 2 % len(PLACES), k % len(TIMES)
+    sheets = []
+    for style in STYLES:
+        pictures = draw(a, style, torch.Generator().manual_seed(1))
+        pictures = F.pad(pictures, (2, 2, 2, 2), value=1.)                     # white gaps
+        sheets += [torch.cat(list(row), dim=2) for row in pictures.split(columns)]
+    return torch.cat(sheets, dim=1)
+
+
+if __name__ == "__main__":
+    from PIL import Image
+
+    sheet = contact_sheet(torch.Generator().manual_seed(0)).permute(1, 2, 0)
+    image = Image.fromarray((sheet * 255).round().byte().numpy())
+    image.resize((2 * image.width, 2 * image.height), Image.Resampling.NEAREST).save(
+        sys.argv[1] if len(sys.argv) > 1 else "postcards.png")

@@ -29,9 +29,10 @@ def unexplained(row: dict[str, str], updates: int, more: list[str]) -> float:
     """The last log line of a run with these settings."""
     with tempfile.TemporaryDirectory() as folder:
         flags = [word for k, v in row.items() for word in ("--" + k, v)]
-        subprocess.run([sys.executable, ROOT / "train.py", "--weights", "mini", "--run", folder,
-                        "--out", folder, "--max-updates", str(updates), "--grid-every", "0",
-                        *flags, *more], cwd=ROOT, check=True)
+        command = [sys.executable, ROOT / "train.py", "--weights", "mini", "--run", folder,
+                   "--out", folder, "--updates", str(updates), "--halving-updates",
+                   str(updates), "--grid-every", "0", *flags, *more]
+        subprocess.run(command, cwd=ROOT, check=True)
         return json.loads((Path(folder) / "log.jsonl").read_text().splitlines()[-1])["unexplained"]
 
 

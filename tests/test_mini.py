@@ -17,7 +17,8 @@ GUIDES = ppdd.MINI.parent / "guides"
 @pytest.fixture(scope="module")
 def world():
     """96 fresh pictures with captions that name every attribute."""
-    return World(ppdd.load_base(ppdd.MINI), load_judge(ppdd.MINI.parent / "judge.safetensors"), 96, 5)
+    judge = load_judge(ppdd.MINI.parent / "judge.safetensors")
+    return World(ppdd.load_base(ppdd.MINI), judge, count=96, seed=5)
 
 
 def test_a_postcard_is_its_attributes_and_its_seed():
@@ -47,11 +48,10 @@ def test_captions_say_what_is_shown_and_a_share_of_them_lies():
     assert len(set(full)) > 30
     assert all("red boat" in t and t.count("  ") == 0 and "{" not in t for t in full)
     assert all(any(p in t for p in ("on the sea", "at sea")) for t in full)
-    assert any(t.startswith("a big red boat on the sea at night, on the left") or "at night" in t
-               for t in full)
     told = [postcards.training_caption(a, rng, lies=.3) for _ in range(2000)]
     assert .2 < sum("red boat" not in t for t in told) / 2000 < .4
-    assert postcards.caption(torch.tensor([0, 1, 0, 0, 0, 0]), random.Random(3)).count("a orange") == 0
+    orange = torch.tensor([0, 1, 0, 0, 0, 0])
+    assert not any("a orange" in postcards.caption(orange, rng) for _ in range(100))
 
 
 def test_the_judge_reads_real_pictures(world):
@@ -75,7 +75,7 @@ def test_cfg_follows_captions_and_no_guidance_does_so_much_less(world):
 def test_every_bundled_guide_beats_no_guidance(world):
     free = world.sampled("no guidance", 0., 8)["right"]["all"]
     names = {p.stem for p in GUIDES.glob("*.safetensors")}
-    assert names == {f"{k}{s}" for k in ("tiny", "full") for s in ("", "-32", "-16", "-8")} | {"tiny-8-g8"}
+    assert names >= {"tiny", "tiny-16", "tiny-8", "full", "full-16", "full-8", "tiny-8-g8"}
     for name in ("full-8", "tiny-8", "tiny-8-g8"):
         guide = ppdd.load_guide(GUIDES / f"{name}.safetensors", world.base.unet.config)
         assert world.sampled(name, 8., 8, guide)["right"]["all"] > free

@@ -1,4 +1,4 @@
-"""What train.py promises: the base stays as it is, a killed run goes on exactly, bad input is said."""
+"""What train.py promises: the base stays as it is, a killed run goes on exactly."""
 
 import json
 from dataclasses import asdict, replace
@@ -21,8 +21,8 @@ PARTS = {
     "model.diffusion_model.": (UNet, UNET, "unet_config"),
     "first_stage_model.": (VAE, VAEConfig(ch=16, ch_mult=(1, 2, 2, 2), num_res_blocks=1,
                                           norm_groups=8), "vae_config"),
-    "cond_stage_model.transformer.text_model.": (TextEncoder, TextConfig(width=32, layers=2, heads=4),
-                                                 "text_config"),
+    "cond_stage_model.transformer.text_model.": (
+        TextEncoder, TextConfig(width=32, layers=2, heads=4), "text_config"),
 }
 
 
@@ -64,7 +64,7 @@ def test_one_command_leaves_a_guide_for_every_stage(base, here, kind):
         assert config.kind == kind and about["steps"] == steps and about["base"] == "toy"
         assert about["base_hash"] == before and about["g_range"] == [2.0, 9.0]
         guide = ppdd.load_guide(here / f"guides/toy/{name}.safetensors", UNET)
-        assert any(p.abs().max() > 0 for n, p in guide.named_parameters() if "z3" in n or "zero" in n)
+        assert any(p.any() for n, p in guide.named_parameters() if "z3" in n or "zero" in n)
 
 
 def test_training_logs_loss_and_unexplained_share_and_draws_pictures(base, here):
@@ -121,7 +121,8 @@ def test_a_fixed_g_goes_into_the_name_and_a_negative_prompt_into_the_target(base
     assert set(plain) == {"tiny-g8", "tiny-32-g8"}
     run(base, "--g-range", "8", "8", "--end-steps", "32", "--uncond", "blurry", updates=2)
     other = guides(here)
-    assert not torch.equal(plain["tiny-g8"]["theta_z3.0.weight"], other["tiny-g8"]["theta_z3.0.weight"])
+    changed = (guide["tiny-g8"]["theta_z3.0.weight"] for guide in (plain, other))
+    assert not torch.equal(*changed)
 
 
 def test_no_picture_is_drawn_twice_for_a_seed_and_g_stays_in_its_range(base, here):
