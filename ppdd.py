@@ -45,7 +45,7 @@ from unet import (
 from vae import VAE, load_vae
 
 TIMESTEPS = 1000
-G_SCALE = 10.0   # the full guide's hint is a plain picture of value g / G_SCALE
+G_SCALE = 10.0   # guides are told g / G_SCALE, a number of order one
 
 
 # ------------------------------------------------------------------------------- noise and steps
@@ -158,8 +158,8 @@ class GuideConfig:
 class TinyGuide(nn.Module):
     """Eq. 5: y = Z(γ + Z(c_timestep; Θ_z1) + Z(c_text; Θ_z2); Θ_z3), one Θ_z3 an injection point.
 
-    Z is a zero-initialised 1×1 convolution; on a vector that is a linear layer. z_t never enters,
-    so the y of all steps of a run can be had in one call, before the first.
+    Z is a 1×1 convolution; on a vector that is a linear layer. z_t never enters, so the y of all
+    steps of a run can be had in one call, before the first. γ is g / 10.
     """
 
     reads_latent = False
@@ -172,7 +172,9 @@ class TinyGuide(nn.Module):
         self.theta_z2 = nn.Linear(base.context_dim, width, bias=False)
         self.theta_z3 = nn.ModuleList(
             nn.Linear(width, channels, bias=False) for channels in injection_channels(base))
-        for layer in (self.theta_z1, self.theta_z2, *self.theta_z3):
+        # Only Θ_z3 starts at 0. Were Θ_z1 and Θ_z2 to start there too, every channel of the sum would
+        # be the same number with the same gradient, for ever: a guide of width 1.
+        for layer in self.theta_z3:
             nn.init.zeros_(layer.weight)
         if config.pool == "attention":
             if width % config.queries:
@@ -201,7 +203,7 @@ class TinyGuide(nn.Module):
         z is taken for the sake of one interface, and not read.
         """
         said = self.theta_z1(emb) + self.read_text(c)                          # (B, C)
-        gamma = g[:, None].to(said)                                            # (B, 1)
+        gamma = (g / G_SCALE)[:, None].to(said)                                # (B, 1)
         h = gamma + said if self.guide_config.form == "sum" else gamma * (1 + said)
         return [theta(h)[:, :, None, None] for theta in self.theta_z3]
 

@@ -60,7 +60,7 @@ class Config:
     max_updates: int = option(0, "no stage is longer than this; 0: no such limit")
     start_steps: int = option(64, "the first halving's teacher takes this many steps")
     end_steps: int = option(8, "halve down to this many steps; start_steps: stage one only")
-    batch: int = option(64, "pictures an update")
+    batch: int = option(32, "pictures an update")
     lr: float = option(0.0, "learning rate of stage one; 0: as measured for this base and guide")
     halving_lr: float = option(0.0, "learning rate of the halving stages; 0: as measured")
     loss: str = option("snr", "halving: weigh ε error plainly or by truncated SNR",
@@ -87,8 +87,8 @@ class Config:
 # Learning rate and updates of stage one and of each halving, by size of base and kind of guide. The
 # miniature's were measured (results/tuning.json); the others are starting points, not measured.
 MEASURED = {
-    ("mini", "tiny"): (3e-3, 2500, 1e-3, 800),
-    ("mini", "full"): (1e-3, 2500, 5e-4, 800),
+    ("mini", "tiny"): (1e-3, 2500, 5e-4, 700),
+    ("mini", "full"): (7e-4, 2500, 3e-4, 500),
     ("sd", "tiny"): (1e-3, 20_000, 3e-4, 5_000),
     ("sd", "full"): (1e-4, 20_000, 3e-5, 5_000),
 }
@@ -150,6 +150,13 @@ class Postcards:
             moments.append(base.vae.encode(pictures * 2 - 1))
             states.append(base.embed([postcards.caption(a, rng) for a in part]).half())
         self.moments, self.states = torch.cat(moments), torch.cat(states)
+        self.side = self.moments.shape[-1]
+
+    def examples(self, count: int) -> list[str]:
+        """Prompts for the pictures that show how far the guide is."""
+        rng, generator = random.Random(0), torch.Generator().manual_seed(0)
+        return [postcards.caption(a, rng, left_out=False)
+                for a in postcards.sample_attributes(count, generator)]
 
     def __len__(self) -> int:
         return len(self.moments)
@@ -163,7 +170,8 @@ class Folder:
     """Pictures with captions beside them (cat.jpg, cat.txt), encoded as they are needed."""
 
     def __init__(self, base: Base, folder: str, size: int):
-        self.base, self.size, root = base, size, Path(folder).expanduser()
+        self.base, self.size, self.side = base, size, size // 8
+        root = Path(folder).expanduser()
         if not root.is_dir():
             raise BadInput(f"--data {folder} is not a folder: "
                            "give one of pictures with .txt captions")
@@ -179,9 +187,14 @@ class Folder:
     def __getitem__(self, rows: list[int]) -> tuple[Tensor, Tensor]:
         files, device = [self.files[i] for i in rows], next(self.base.unet.parameters()).device
         pictures = torch.stack([self.picture(f) for f in files]).to(device)
-        captions = [f.with_suffix(".txt").read_text(encoding="utf-8", errors="replace").strip()
-                    for f in files]
-        return self.base.vae.encode(pictures).float(), self.base.embed(captions).float()
+        c = self.base.embed([self.caption(f) for f in files])
+        return self.base.vae.encode(pictures).float(), c.float()
+
+    def examples(self, count: int) -> list[str]:
+        return [self.caption(f) for f in self.files[:count]]
+
+    def caption(self, file: Path) -> str:
+        return file.with_suffix(".txt").read_text(encoding="utf-8", errors="replace").strip()
 
     def picture(self, file: Path) -> Tensor:
         """(3, size, size) in −1 … 1: the short side resized, the middle cut out."""
@@ -334,16 +347,11 @@ class Run:
 
     def draw_grid(self, stage: Stage) -> None:
         """CFG above, the guide below, from the same noise, at this stage's number of steps."""
-        prompts = ["a big red boat on the sea at night, on the left",
-                   "a small yellow house in the snow at noon, in the middle",
-                   "a big green cactus in the desert at sunset, on the right",
-                   "a large purple balloon in a meadow in the morning, on the left"]
-        side = self.config.size // 8 if len(self.base.vae.config.ch_mult) == 4 else 8
-        side = 8 if isinstance(self.data, Postcards) else side
-        z = ppdd.noise(range(4), (4, side, side)).to(self.device)
+        prompts, side = self.data.examples(4), self.data.side
+        z = ppdd.noise(range(len(prompts)), (4, side, side)).to(self.device)
         c, steps = self.base.embed(prompts).float(), stage.steps or 25
         g = min(8.0, self.config.g_range[1])
-        empty = self.empty.expand(4, -1, -1)
+        empty = self.empty.expand(len(prompts), -1, -1)
         rows = [ppdd.sample(self.base.unet, z, c, g, steps, empty=empty),
                 ppdd.sample(self.base.unet, z, c, g, steps, guide=self.guide)]
         pictures = [torch.cat(list(self.base.decode(row).cpu()), dim=2) for row in rows]
@@ -445,15 +453,15 @@ def prepare(config: Config) -> Run:
         if not state.exists():
             raise BadInput(f"{run.folder} holds no unfinished run: leave out --resume")
         run.load()
-    elif state.exists():
+        return run
+    if state.exists():
         raise BadInput(f"{run.folder} holds an unfinished run: go on with --resume, "
                        "or give another --run")
-    elif run.folder.joinpath("log.jsonl").exists():
-        run.folder.joinpath("log.jsonl").unlink()
     if config.init:
         run.guide.load_state_dict(ppdd.load_guide(Path(config.init), base.unet.config).state_dict())
         run.teacher.load_state_dict(run.guide.state_dict())
-        run.stage = max(run.stage, 1)
+        run.stage = 1
+    (run.folder / "log.jsonl").unlink(missing_ok=True)
     run.folder.mkdir(parents=True, exist_ok=True)
     return run
 

@@ -179,3 +179,19 @@ def test_bad_input_is_one_sentence_and_exit_code_2(base, here, capsys, more, wor
     said = capsys.readouterr().err
     assert stopped.value.code == 2 and word in said and "Traceback" not in said
     assert not (here / "guides").exists()
+
+
+@pytest.mark.parametrize("zero", [True, False])
+def test_a_tiny_guide_that_is_zero_throughout_never_gets_wider_than_one_channel(base, here, zero):
+    config = train.parse(["--weights", str(base), "--pictures", "40", "--batch", "4", "--pool",
+                          "mean", "--save-every", "100"])
+    run_ = train.prepare(config)
+    if zero:
+        for layer in (run_.guide.theta_z1, run_.guide.theta_z2):
+            torch.nn.init.zeros_(layer.weight)
+    for _ in range(5):
+        run_.step(run_.stages[0])
+    channels = run_.guide.theta_z3[0].weight.T                                 # one row a channel
+    assert run_.guide.theta_z3[0].weight.any()
+    assert (channels - channels[0]).abs().max().item() < 1e-9 or not zero
+    assert zero or (channels - channels[0]).abs().max() > 1e-4
