@@ -172,8 +172,8 @@ class TinyGuide(nn.Module):
         self.theta_z2 = nn.Linear(base.context_dim, width, bias=False)
         self.theta_z3 = nn.ModuleList(
             nn.Linear(width, channels, bias=False) for channels in injection_channels(base))
-        # Only Θ_z3 starts at 0. Were Θ_z1 and Θ_z2 to start there too, every channel of the sum would
-        # be the same number with the same gradient, for ever: a guide of width 1.
+        # Only Θ_z3 starts at 0. Were Θ_z1 and Θ_z2 to start there too, every channel of the sum
+        # would be the same number with the same gradient, for ever: a guide of width 1.
         for layer in self.theta_z3:
             nn.init.zeros_(layer.weight)
         if config.pool == "attention":

@@ -63,7 +63,7 @@ class Config:
     batch: int = option(32, "pictures an update")
     lr: float = option(0.0, "learning rate of stage one; 0: as measured for this base and guide")
     halving_lr: float = option(0.0, "learning rate of the halving stages; 0: as measured")
-    loss: str = option("snr", "halving: weigh ε error plainly or by truncated SNR",
+    loss: str = option("eps", "halving: weigh ε error plainly or by truncated SNR",
                        choices=("eps", "snr"))
     pool: str = option("attention", "tiny: how text becomes a vector",
                        choices=("attention", "mean", "end"))

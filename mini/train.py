@@ -4,6 +4,7 @@ Stage by stage, each resumable at any point and skipped once done:
 
     pictures   postcards in all styles are drawn and kept
     vae        the autoencoder, f = 8, 4 latent channels
+    decoder    its decoder alone, longer: the latents stay what they are
     clip       a text and an image tower, contrastively, through open_clip; the text tower is frozen
     judge      the classifier that measures whether a picture follows its caption
     unet       ε-prediction in the latents, 10 % empty captions
@@ -66,7 +67,7 @@ CLIP_CONFIG = {
 }
 
 
-STAGES = ("pictures", "vae", "clip", "judge", "unet", "styles")
+STAGES = ("pictures", "vae", "decoder", "clip", "judge", "unet", "styles")
 
 
 @dataclass(frozen=True)
@@ -84,6 +85,7 @@ class Config:
     captions: int = 60_000
     vae_updates: int = 10_000
     vae_batch: int = 8
+    decoder_updates: int = 4_000
     clip_updates: int = 1_300
     clip_batch: int = 128
     judge_updates: int = 1_200
@@ -106,7 +108,7 @@ def fit(config: Config, name: str, module: nn.Module, loss: Callable[[torch.Gene
     loss(generator) is one batch's loss. A checkpoint lies in `work/NAME.safetensors`.
     """
     path = Path(config.work) / f"{name}.safetensors"
-    params = dict(module.named_parameters())
+    params = {k: p for k, p in module.named_parameters() if p.requires_grad}
     average = {k: p.detach().clone() for k, p in params.items()}
     optimizer = torch.optim.AdamW(params.values(), lr, betas=(.9, .99), weight_decay=.01,
                                   fused=True)
@@ -199,15 +201,22 @@ def pictures(config: Config) -> dict[str, Tensor]:
     return load_file(path, config.device)
 
 
-def train_vae(config: Config, data: dict[str, Tensor]) -> VAE:
-    """Absolute and squared error of pixels, absolute error of differences, a little KL."""
+def train_vae(config: Config, data: dict[str, Tensor], trained: VAE | None = None) -> VAE:
+    """Absolute and squared error of pixels, absolute error of differences, a little KL.
+
+    With a trained autoencoder, its decoder alone learns on: the latents stay what they are.
+    """
     plain = data["postcard.images"]
     styled = torch.cat([data[f"{s}.images"] for s in postcards.STYLES[1:]])
-    vae = VAE(VAE_CONFIG).to(config.device, memory_format=torch.channels_last)
+    vae = trained or VAE(VAE_CONFIG).to(config.device, memory_format=torch.channels_last)
+    if trained:
+        vae.decoder.requires_grad_(True)
+        vae.post_quant_conv.requires_grad_(True)
     share = max(1, config.vae_batch // 8)
 
     def forward(x: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
-        moments = vae.encode(x).float()
+        with torch.set_grad_enabled(not trained):
+            moments = vae.encode(x).float()
         z = vae.sample(moments, noise)
         return vae.decode(z).float(), moments
 
@@ -225,6 +234,8 @@ def train_vae(config: Config, data: dict[str, Tensor]) -> VAE:
         edges = error.diff(dim=2).abs().mean() + error.diff(dim=3).abs().mean()
         return error.abs().mean() + 4 * error.square().mean() + edges + 3e-4 * kl
 
+    if trained:
+        return fit(config, "decoder", vae, loss, config.decoder_updates, lr=1e-3)
     return fit(config, "vae", vae, loss, config.vae_updates, lr=1.5e-3)
 
 
@@ -444,6 +455,8 @@ def stage_by_stage(config: Config, out: Path) -> Iterator[str]:
     yield "pictures"
     vae = train_vae(config, data)
     yield "vae"
+    vae = train_vae(config, data, vae)
+    yield "decoder"
     clip = train_clip(config, data)
     weights = clip.state_dict()
     weights["positional_embedding"] = all_positions(weights["positional_embedding"])

@@ -40,7 +40,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--updates", type=int, default=300, help="of every run (%(default)s)")
     parser.add_argument("--halving", action="store_true", help="compare the halving's loss instead")
-    parser.add_argument("--out", default=str(ROOT / "results" / "tuning.json"), help="(%(default)s)")
+    parser.add_argument("--out", default=str(ROOT / "results" / "tuning.json"))
     options, more = parser.parse_known_args()
     out = Path(options.out)
     done = json.loads(out.read_text()) if out.exists() else []
