@@ -240,7 +240,7 @@ def test_tiny_guide_is_equation_5_on_maps(unet, batch):
         return F.conv2d(maps, theta.weight[:, :, None, None])
 
     gamma, time, text = (v[:, :, None, None].expand(-1, -1, 8, 8)
-                         for v in (g[:, None].expand(3, 32), emb, c.mean(1)))
+                         for v in (g[:, None].expand(3, 32) / 10, emb, c.mean(1)))
     h = gamma + conv(time, guide.theta_z1) + conv(text, guide.theta_z2)
     for y, theta, channels in zip(guide(g, emb, c), guide.theta_z3, injection_channels(SMALL)):
         assert y.shape == (3, channels, 1, 1)
@@ -315,6 +315,18 @@ def test_only_the_guide_learns(unet, batch, config):
     assert all(p.grad.abs().sum() > 0 for p in guide.parameters())
     assert all(p.grad is None for p in unet.parameters())
     assert all(torch.equal(v, before[k]) for k, v in unet.state_dict().items())
+
+
+@pytest.mark.parametrize("config", TINY, ids=names)
+def test_tiny_guides_channels_learn_to_differ(unet, batch, config):
+    """From zeros all over, every channel would have the same gradient for ever: a width of 1."""
+    guide = fresh(unet, config)
+    optimizer = torch.optim.SGD(guide.parameters(), lr=1e-3)
+    for _ in range(2):
+        ppdd.cfg_distillation(unet, guide, *batch).loss.backward()
+        optimizer.step()
+    assert all(torch.linalg.matrix_rank(theta.weight) > 1 for theta in guide.theta_z3)
+    assert torch.linalg.matrix_rank(guide.theta_z1.weight) > 1
 
 
 @each_kind
