@@ -55,14 +55,14 @@ class Config:
     size: int = option(512, "side of the training pictures, pixels (the miniature: always 64)")
     g_range: tuple[float, float] = option((2.0, 9.0), "g is uniform in LOW HIGH; 8 8 fixes it")
     uncond: str = option("", "a negative prompt to bake into the guide in place of ∅")
-    updates: int = option(0, "updates of stage one; 0: as measured for this base and guide")
-    halving_updates: int = option(0, "updates of each halving stage; 0: as measured")
+    updates: int = option(0, "updates of stage one; 0: what suits this base and guide")
+    halving_updates: int = option(0, "updates of each halving stage; 0: what suits")
     max_updates: int = option(0, "no stage is longer than this; 0: no such limit")
     start_steps: int = option(64, "the first halving's teacher takes this many steps")
     end_steps: int = option(8, "halve down to this many steps; start_steps: stage one only")
     batch: int = option(32, "pictures an update")
-    lr: float = option(0.0, "learning rate of stage one; 0: as measured for this base and guide")
-    halving_lr: float = option(0.0, "learning rate of the halving stages; 0: as measured")
+    lr: float = option(0.0, "learning rate of stage one; 0: what suits this base and guide")
+    halving_lr: float = option(0.0, "learning rate of the halving stages; 0: what suits")
     loss: str = option("eps", "halving: weigh ε error plainly or by truncated SNR",
                        choices=("eps", "snr"))
     pool: str = option("attention", "tiny: how text becomes a vector",
@@ -85,10 +85,10 @@ class Config:
 
 
 # Learning rate and updates of stage one and of each halving, by size of base and kind of guide. The
-# miniature's were measured (results/tuning.json); the others are starting points, not measured.
-MEASURED = {
-    ("mini", "tiny"): (1e-3, 2500, 5e-4, 700),
-    ("mini", "full"): (7e-4, 2500, 3e-4, 500),
+# miniature's made the bundled guides; those for SD are starting points that nobody has tried.
+LENGTHS = {
+    ("mini", "tiny"): (2e-3, 2200, 5e-4, 400),
+    ("mini", "full"): (1e-3, 2300, 3e-4, 350),
     ("sd", "tiny"): (1e-3, 20_000, 3e-4, 5_000),
     ("sd", "full"): (1e-4, 20_000, 3e-5, 5_000),
 }
@@ -97,7 +97,7 @@ MEASURED = {
 def complete(config: Config, base: Base) -> Config:
     """The configuration with every 0 and "auto" replaced by what it stands for."""
     size = "sd" if base.unet.config.model_channels >= 256 else "mini"
-    lr, updates, halving_lr, halving_updates = MEASURED[size, config.guide]
+    lr, updates, halving_lr, halving_updates = LENGTHS[size, config.guide]
     limit = config.max_updates or math.inf
     fixed = config.g_range[0] == config.g_range[1]
     name = config.guide + (f"-g{config.g_range[0]:g}" if fixed else "")
