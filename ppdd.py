@@ -182,6 +182,8 @@ class TinyGuide(nn.Module):
             self.query = nn.Parameter(torch.randn(config.queries, base.context_dim) * 0.1)
         elif config.pool not in ("mean", "end"):
             raise ValueError(f"pool is {config.pool!r}: use attention, mean or end")
+        if config.form not in ("sum", "product"):
+            raise ValueError(f"form is {config.form!r}: use sum or product")
 
     def start_from(self, unet: UNet) -> None:
         """A fresh tiny guide takes nothing from the base."""
@@ -346,7 +348,7 @@ def halving(unet: UNet, guide: nn.Module, teacher: nn.Module, z: Tensor, t: Tens
         skips, h = unet.encode(z, emb, c)
         eps_c = unet.decode(skips, h, emb, c).float()
         y = _guide_features(teacher, g, emb, c, z, t)
-        z_mid = ddim_step(z, unet.decode(skips, h, emb, c, y).float(), t, t_mid)
+        z_mid = ddim_step(z, unet.decode(skips, h, emb, c, y).float(), t, t_mid).to(z.dtype)
         y = _guide_features(teacher, g, emb_mid, c, z_mid, t_mid)
         eps_mid = unet.decode(*unet.encode(z_mid, emb_mid, c), emb_mid, c, y).float()
         target = halving_target(z, ddim_step(z_mid, eps_mid, t_mid, t_end), t, t_end)
@@ -460,8 +462,8 @@ def find_weights(given: str | Path | None = None) -> Path:
         return MINI
     if given:
         return Path(given).expanduser()
-    hub = Path(os.environ.get("HF_HUB_CACHE") or
-               Path(os.environ.get("HF_HOME") or "~/.cache/huggingface").expanduser() / "hub")
+    home = os.environ.get("HF_HOME") or "~/.cache/huggingface"
+    hub = Path(os.environ.get("HF_HUB_CACHE") or f"{home}/hub").expanduser()
     snapshots = [s for name in HUB_NAMES for s in sorted((hub / name / "snapshots").glob("*"))]
     for folder in (Path("weights"), *snapshots):
         files = sorted(folder.glob("*.safetensors"))

@@ -272,7 +272,7 @@ def train_clip(config: Config, data: dict[str, Tensor]) -> nn.Module:
 
 
 def fours(attributes: Tensor) -> Callable[[int, torch.Generator], Tensor]:
-    """A function that draws (4 n,) rows: n scenes, four pictures of each that differ in position."""
+    """A function that draws (4 n,) rows: n scenes, four pictures of each, differing in position."""
     key = torch.zeros(len(attributes), dtype=torch.long)
     for (name, values), column in zip(postcards.ATTRIBUTES.items(), attributes.T):
         if name != "position":
