@@ -178,12 +178,12 @@ class TinyGuide(nn.Module):
             nn.init.zeros_(layer.weight)
         if config.pool == "attention":
             if width % config.queries:
-                raise ValueError(f"queries is {config.queries}: it must divide the width {width}")
+                raise CheckpointError(f"queries is {config.queries}: it must divide {width}")
             self.query = nn.Parameter(torch.randn(config.queries, base.context_dim) * 0.1)
         elif config.pool not in ("mean", "end"):
-            raise ValueError(f"pool is {config.pool!r}: use attention, mean or end")
+            raise CheckpointError(f"pool is {config.pool!r}: use attention, mean or end")
         if config.form not in ("sum", "product"):
-            raise ValueError(f"form is {config.form!r}: use sum or product")
+            raise CheckpointError(f"form is {config.form!r}: use sum or product")
 
     def start_from(self, unet: UNet) -> None:
         """A fresh tiny guide takes nothing from the base."""
@@ -495,7 +495,7 @@ def fingerprint(path: Path) -> str:
 def build_guide(base: UNetConfig, config: GuideConfig) -> nn.Module:
     kinds = {"tiny": TinyGuide, "full": FullGuide}
     if config.kind not in kinds:
-        raise ValueError(f"guide kind {config.kind!r} is unknown: use tiny or full")
+        raise CheckpointError(f"guide kind {config.kind!r} is unknown: use tiny or full")
     return kinds[config.kind](base, config)
 
 
@@ -552,6 +552,7 @@ def save_tensors(path: str | Path, tensors: dict[str, Tensor],
     try:
         tensors = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
         save_file(tensors, temporary, metadata)
+        temporary.chmod(0o644)
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)

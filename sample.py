@@ -421,7 +421,8 @@ def compare(config: Config, base: Base, shots: list[Shot], out: Path) -> None:
             print(f"a column is left out: {error}")
     with progress_bar(config, shots, len(methods)) as bar:
         columns = [measure(config, base, *item, shots, bar.update) for item in methods.items()]
-    path, hardware = free_name(out, "compare"), f"{torch.get_num_threads()} CPU threads"
+    path, threads = free_name(out, "compare"), torch.get_num_threads()
+    hardware = f"{threads} CPU thread{'s' * (threads > 1)}"
     if config.device.startswith("cuda"):
         hardware = torch.cuda.get_device_name(config.device)
     times = {column.label: round(column.milliseconds, 2) for column in columns}
