@@ -443,20 +443,20 @@ def prepare(config: Config) -> Run:
     base.unet.to(memory_format=torch.channels_last)
     config = complete(config, base)
     print(f"base: {base.name} ({path})")
+    state = Path(config.run) / "state.safetensors"
+    if config.resume and not state.exists():
+        raise BadInput(f"{config.run} holds no unfinished run: leave out --resume")
+    if state.exists() and not config.resume:
+        raise BadInput(f"{config.run} holds an unfinished run: go on with --resume, "
+                       "or give another --run")
     data = load_data(config, base)
     if config.compile:
         base.unet.encode = torch.compile(base.unet.encode)
         base.unet.decode = torch.compile(base.unet.decode)
     run = Run(config, base, data)
-    state = run.folder / "state.safetensors"
     if config.resume:
-        if not state.exists():
-            raise BadInput(f"{run.folder} holds no unfinished run: leave out --resume")
         run.load()
         return run
-    if state.exists():
-        raise BadInput(f"{run.folder} holds an unfinished run: go on with --resume, "
-                       "or give another --run")
     if config.init:
         run.guide.load_state_dict(ppdd.load_guide(Path(config.init), base.unet.config).state_dict())
         run.teacher.load_state_dict(run.guide.state_dict())

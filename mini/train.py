@@ -72,7 +72,7 @@ STAGES = ("pictures", "vae", "decoder", "clip", "judge", "unet", "styles")
 
 @dataclass(frozen=True)
 class Config:
-    """Settings of a run; the defaults made the bundled miniature."""
+    """Settings of a run; out/training.json says how the bundled miniature came about."""
 
     out: str = "mini"                   # where the finished weights go
     work: str = "runs/mini"             # checkpoints and caches
