@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import LongTensor, Tensor, nn
 
-from unet import Part, load_strict, read_checkpoint
+from unet import Part, load_strict, read_checkpoint, read_config
 
 # ------------------------------------------------------------------------------------ the network
 
@@ -146,7 +146,7 @@ def load_text_encoder(
     tensors = {name.removeprefix("text_model."): t for name, t in tensors.items()}
     tensors = {name: t for name, t in tensors.items() if name not in UNUSED}
     with torch.device("meta"):  # no memory and no random numbers for weights about to be replaced
-        encoder = TextEncoder(config or TextConfig(**stored)).to(dtype)
+        encoder = TextEncoder(config or read_config(TextConfig, stored, path)).to(dtype)
     load_strict(encoder, tensors, path)
     return encoder.to(device).eval().requires_grad_(False)
 

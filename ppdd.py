@@ -284,6 +284,7 @@ class Distilled:
     loss: Tensor           # mean over the batch, with gradients
     error: Tensor          # (B,) ‖e − e_teacher‖²
     correction: Tensor     # (B,) ‖ε_c − e_teacher‖², what no guide at all would leave
+    target: Tensor         # (B, Z, H, W) e_teacher: a DDIM step with it is the teacher's own
 
     @property
     def unexplained(self) -> Tensor:
@@ -295,7 +296,7 @@ def _compare(e: Tensor, e_teacher: Tensor, eps_c: Tensor,
              weight: Tensor | float = 1.0) -> Distilled:
     error = (e.float() - e_teacher).square().mean((1, 2, 3))                   # (B,)
     correction = (eps_c - e_teacher).square().mean((1, 2, 3))
-    return Distilled((weight * error).mean(), error.detach(), correction)
+    return Distilled((weight * error).mean(), error.detach(), correction, e_teacher)
 
 
 def _guide_features(guide: nn.Module, g: Tensor, emb: Tensor, c: Tensor, z: Tensor,

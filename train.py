@@ -13,11 +13,13 @@ resumed is, on a CPU, equal to an uninterrupted one, bit for bit.
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import math
 import random
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
@@ -51,7 +53,10 @@ class Config:
 
     guide: str = option("tiny", "which guide to train", choices=("tiny", "full"))
     weights: str = option("", "Stable Diffusion 1.5 to guide; looked for, else the miniature")
-    data: str = option("", "folder of pictures with .txt captions (the miniature draws its own)")
+    data: str = option("", "folder of pictures with .txt captions, or a text file of prompts, "
+                           "one a line (the miniature draws its own)")
+    trajectories: float = option(0.0, "share of a batch taken not from noised pictures but from "
+                                      "the teacher's own sampling; 1 where there are only prompts")
     size: int = option(512, "side of the training pictures, pixels (the miniature: always 64)")
     g_range: tuple[float, float] = option((2.0, 9.0), "g is uniform in LOW HIGH; 8 8 fixes it")
     uncond: str = option("", "a negative prompt to bake into the guide in place of ∅")
@@ -61,6 +66,8 @@ class Config:
     start_steps: int = option(64, "the first halving's teacher takes this many steps")
     end_steps: int = option(8, "halve down to this many steps; start_steps: stage one only")
     batch: int = option(32, "pictures an update")
+    optimizer: str = option("", "default: what suits this base and guide",
+                            choices=("adamw", "muon"))
     lr: float = option(0.0, "learning rate of stage one; 0: what suits this base and guide")
     halving_lr: float = option(0.0, "learning rate of the halving stages; 0: what suits")
     loss: str = option("eps", "halving: weigh ε error plainly or by truncated SNR",
@@ -71,6 +78,8 @@ class Config:
                        choices=("sum", "product"))
     pictures: int = option(6000, "the miniature's training pictures")
     clip: float = option(1.0, "gradients are clipped to this norm")
+    ema: float = option(0.0, "a stage's guide is the running mean of its weights with this decay; "
+                             "0: its last weights")
     seed: int = option(0, "seed of everything")
     device: str = option("", "cuda or cpu; default: cuda where there is one")
     dtype: str = option("auto", "autocast; auto: bf16 on CUDA, none on CPU",
@@ -84,25 +93,27 @@ class Config:
     grid_every: int = option(1000, "updates between pictures of CFG beside guide; 0: none")
 
 
-# Learning rate and updates of stage one and of each halving, by size of base and kind of guide. The
-# miniature's made the bundled guides; those for SD are starting points that nobody has tried.
+# Optimiser, then learning rate and updates of stage one and of each halving, by size of base and
+# kind of guide. The miniature's made the bundled guides; SD's are starting points, not tried.
 LENGTHS = {
-    ("mini", "tiny"): (2e-3, 2200, 5e-4, 400),
-    ("mini", "full"): (1e-3, 2300, 3e-4, 350),
-    ("sd", "tiny"): (1e-3, 20_000, 3e-4, 5_000),
-    ("sd", "full"): (1e-4, 20_000, 3e-5, 5_000),
+    ("mini", "tiny"): ("adamw", 5e-3, 6000, 1e-3, 500),
+    ("mini", "full"): ("muon", 6e-3, 9000, 1.5e-3, 500),
+    ("sd", "tiny"): ("adamw", 1e-3, 20_000, 3e-4, 5_000),
+    ("sd", "full"): ("adamw", 1e-4, 20_000, 3e-5, 5_000),
 }
 
 
 def complete(config: Config, base: Base) -> Config:
     """The configuration with every 0 and "auto" replaced by what it stands for."""
     size = "sd" if base.unet.config.model_channels >= 256 else "mini"
-    lr, updates, halving_lr, halving_updates = LENGTHS[size, config.guide]
+    optimizer, lr, updates, halving_lr, halving_updates = LENGTHS[size, config.guide]
     limit = config.max_updates or math.inf
     fixed = config.g_range[0] == config.g_range[1]
     name = config.guide + (f"-g{config.g_range[0]:g}" if fixed else "")
     return replace(
-        config, lr=config.lr or lr, halving_lr=config.halving_lr or halving_lr,
+        config, optimizer=config.optimizer or optimizer, lr=config.lr or lr,
+        halving_lr=config.halving_lr or halving_lr,
+        trajectories=1.0 if Path(config.data).is_file() else config.trajectories,
         updates=int(min(config.updates or updates, limit)),
         halving_updates=int(min(config.halving_updates or halving_updates, limit)),
         run=config.run or f"runs/{base.name}/{name}")
@@ -122,6 +133,8 @@ def check(config: Config) -> None:
         (config.pictures < 1, f"--pictures {config.pictures}: at least 1"),
         (not (0 <= config.lr < 1 and 0 <= config.halving_lr < 1), "a learning rate is from 0 to 1"),
         (not config.clip > 0, f"--clip {config.clip}: a norm above 0"),
+        (not 0 <= config.trajectories <= 1, f"--trajectories {config.trajectories}: from 0 to 1"),
+        (not 0 <= config.ema < 1, f"--ema {config.ema}: from 0 to below 1"),
         (not 0 <= config.seed < 2**31, f"--seed {config.seed}: from 0 to 2147483647"),
         (not _halves(config.start_steps, config.end_steps), "--start-steps must be --end-steps "
          "times a power of two, at most 1000: 64 and 8, for example"),
@@ -163,7 +176,11 @@ class Postcards:
 
     def __getitem__(self, rows: list[int]) -> tuple[Tensor, Tensor]:
         """Moments (B, 2 Z, H, W) and prompt states (B, L, D)."""
-        return self.moments[rows], self.states[rows].float()
+        return self.moments[rows], self.prompts(rows)
+
+    def prompts(self, rows: list[int]) -> Tensor:
+        """The prompt states alone."""
+        return self.states[rows].float()
 
 
 class Folder:
@@ -187,8 +204,10 @@ class Folder:
     def __getitem__(self, rows: list[int]) -> tuple[Tensor, Tensor]:
         files, device = [self.files[i] for i in rows], next(self.base.unet.parameters()).device
         pictures = torch.stack([self.picture(f) for f in files]).to(device)
-        c = self.base.embed([self.caption(f) for f in files])
-        return self.base.vae.encode(pictures).float(), c.float()
+        return self.base.vae.encode(pictures).float(), self.prompts(rows)
+
+    def prompts(self, rows: list[int]) -> Tensor:
+        return self.base.embed([self.caption(self.files[i]) for i in rows]).float()
 
     def examples(self, count: int) -> list[str]:
         return [self.caption(f) for f in self.files[:count]]
@@ -210,6 +229,67 @@ class Folder:
         return torch.from_numpy(np.array(image)).permute(2, 0, 1) / 127.5 - 1
 
 
+class Prompts:
+    """Prompts and no pictures: all latents are the teacher's own (`--trajectories 1`)."""
+
+    def __init__(self, base: Base, file: str, size: int):
+        self.base, self.side = base, size // 8
+        text = Path(file).expanduser().read_text(encoding="utf-8-sig", errors="replace")
+        self.texts = [line.strip() for line in text.splitlines() if line.strip()]
+        if not self.texts:
+            raise BadInput(f"--data {file} holds no prompt: write one a line")
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+    def prompts(self, rows: list[int]) -> Tensor:
+        return self.base.embed([self.texts[i] for i in rows]).float()
+
+    def examples(self, count: int) -> list[str]:
+        return self.texts[:count]
+
+
+# ------------------------------------------------------------------------------- optimisation
+
+class Muon(torch.optim.AdamW):
+    """AdamW whose matrices instead move by their momentum made orthogonal (Jordan et al., 2024).
+
+    A convolution is the matrix (out, in · rows · columns). The step is scaled to the size of
+    AdamW's at a fifth of the learning rate (Liu et al., 2025).
+    """
+
+    @torch.no_grad()
+    def step(self) -> None:
+        matrices = [p for group in self.param_groups for p in group["params"]
+                    if p.ndim > 1 and p.grad is not None]
+        for p in matrices:
+            state = self.state[p]
+            if not state:
+                state["momentum"] = torch.zeros_like(p)
+            state["momentum"].lerp_(p.grad, 0.05)
+            ahead = p.grad.lerp(state["momentum"], 0.95).flatten(1)
+            size = 0.2 * max(ahead.shape) ** 0.5 * self.param_groups[0]["lr"]
+            p.sub_(size * orthogonal(ahead).view_as(p))
+            p.grad = None                                                  # the rest is AdamW's
+        super().step()
+
+
+def orthogonal(m: Tensor, steps: int = 5) -> Tensor:
+    """About U Vᵀ of m = U S Vᵀ, (rows, columns), by a quintic Newton-Schulz iteration."""
+    x = m / (m.norm() + 1e-7)
+    x = x.T if m.shape[0] > m.shape[1] else x
+    for _ in range(steps):
+        a = x @ x.T
+        x = 3.4445 * x + (-4.7750 * a + 2.0315 * a @ a) @ x
+    return x.T if m.shape[0] > m.shape[1] else x
+
+
+def rate(update: int, total: int, warmup: int = 50) -> float:
+    """Share of the learning rate: a short warmup, then a cosine down to a twentieth."""
+    cosine = 0.5 * (1 + math.cos(math.pi * update / max(total, 1)))
+    return min(1.0, (update + 1) / warmup) * (0.05 + 0.95 * cosine)
+
+
 # ------------------------------------------------------------------------------- a run
 
 @dataclass(frozen=True)
@@ -229,6 +309,13 @@ class Stage:
         return f"to {self.steps} steps" if self.steps else "CFG in one pass"
 
 
+def following(steps: int) -> Tensor:
+    """(1000,): the timestep that follows t in a run of so many steps; −1 for t outside its grid."""
+    grid, after = torch.tensor(ppdd.step_grid(steps)), torch.full((ppdd.TIMESTEPS,), -1)
+    after[grid[:-1]] = grid[1:]
+    return after
+
+
 def stages(config: Config) -> list[Stage]:
     result, steps = [Stage(0, config.updates, config.lr)], config.start_steps
     while steps > config.end_steps:
@@ -240,7 +327,7 @@ def stages(config: Config) -> list[Stage]:
 class Run:
     """A guide in training: what it needs, where it stands, and how that is kept on disk."""
 
-    def __init__(self, config: Config, base: Base, data: Postcards | Folder):
+    def __init__(self, config: Config, base: Base, data: Postcards | Folder | Prompts):
         self.config, self.base, self.data = config, base, data
         self.device = next(base.unet.parameters()).device
         self.folder = Path(config.run)
@@ -250,40 +337,84 @@ class Run:
         self.guide.start_from(base.unet)
         self.empty = base.embed([config.uncond]).float()
         self.stages, self.stage, self.update = stages(config), 0, 0
-        self.new_optimizer()
+        self.average = copy.deepcopy(self.guide).requires_grad_(False) if config.ema else None
+        self.begin_stage()
 
     def new_guide(self) -> nn.Module:
         return ppdd.build_guide(self.base.unet.config, self.guide_config).to(self.device)
 
-    def new_optimizer(self) -> None:
-        self.optimizer = torch.optim.AdamW(self.guide.parameters(), weight_decay=0.0)
+    def begin_stage(self) -> None:
+        self.walk: dict[str, Tensor] = {}                              # see `on_the_way`
+        self.recent: list[tuple[float, float]] = []                    # since the last log line
+        kind = {"adamw": torch.optim.AdamW, "muon": Muon}[self.config.optimizer]
+        self.optimizer = kind(self.guide.parameters(), weight_decay=0.0)
 
     # -- one update
 
-    def draw(self, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """x and noise (B, Z, H, W), prompt states (B, L, D) and g (B,) for one update."""
-        rows = torch.randint(len(self.data), (self.config.batch,), generator=generator).tolist()
+    def noised(self, stage: Stage, n: int, generator: torch.Generator) -> tuple[Tensor, ...]:
+        """Pictures of the data with noise: latents z (n, Z, H, W) at timesteps t (n,), prompt
+        states (n, L, D) and g (n,)."""
+        rows = torch.randint(len(self.data), (n,), generator=generator).tolist()
         moments, c = self.data[rows]
-        shape = (2, len(rows), moments.shape[1] // 2, *moments.shape[2:])
-        noise = torch.randn(shape, generator=generator).to(self.device)
+        noise = torch.randn(2, n, moments.shape[1] // 2, *moments.shape[2:], generator=generator)
+        noise, g = noise.to(self.device), self.draw_g(n, generator)
+        if stage.steps:
+            grid = torch.tensor(ppdd.step_grid(stage.steps))
+            t = grid[torch.randint(stage.steps, (n,), generator=generator)].to(self.device)
+        else:
+            t = torch.randint(ppdd.TIMESTEPS, (n,), generator=generator).to(self.device)
+        return ppdd.add_noise(self.base.vae.sample(moments, noise[0]), noise[1], t), t, c, g
+
+    def draw_g(self, n: int, generator: torch.Generator) -> Tensor:
         low, high = self.config.g_range
-        g = low + (high - low) * torch.rand(len(rows), generator=generator).to(self.device)
-        return self.base.vae.sample(moments, noise[0]), noise[1], c, g
+        return (low + (high - low) * torch.rand(n, generator=generator)).to(self.device)
+
+    def on_the_way(self, n: int, generator: torch.Generator) -> tuple[Tensor, ...]:
+        """As `noised`, but where n samplings of the teacher stand (Jensen & Sadat, 2025); those
+        that have arrived begin anew, with other noise, prompt and g."""
+        shape = (n, self.base.unet.config.in_channels, self.data.side, self.data.side)
+        new = {"z": torch.randn(shape, generator=generator).to(self.device),
+               "t": torch.full((n,), ppdd.TIMESTEPS - 1, device=self.device),
+               "g": self.draw_g(n, generator),
+               "row": torch.randint(len(self.data), (n,), generator=generator).to(self.device)}
+        walk = self.walk or new
+        arrived = walk["t"] < 0
+        self.walk = {k: torch.where(arrived.view(-1, *[1] * (v.ndim - 1)), new[k], v)
+                     for k, v in walk.items()}
+        c = self.data.prompts(self.walk["row"].tolist())
+        return self.walk["z"], self.walk["t"], c, self.walk["g"]
+
+    def walk_on(self, stage: Stage, target: Tensor, generator: torch.Generator) -> None:
+        """Takes the teacher's next step, with the prediction that the loss needed anyway.
+
+        A stage's first step is a long one, to a place of its own for each: they never walk abreast.
+        """
+        t, after = self.walk["t"], following(stage.steps or self.config.start_steps).to(self.device)
+        s = after[t]
+        if self.update == 0:
+            grid = torch.tensor(ppdd.step_grid(stage.steps or self.config.start_steps))
+            s = grid[torch.randint(len(grid) - 1, t.shape, generator=generator)].to(self.device)
+        self.walk |= {"z": ppdd.ddim_step(self.walk["z"], target, t, s), "t": s}
 
     def distill(self, stage: Stage, generator: torch.Generator) -> Distilled:
         """The loss of one batch: Algorithm 1, or a halving on the grid of the teacher's steps."""
-        x, noise, c, g = self.draw(generator)
+        n = round(self.config.trajectories * self.config.batch)
+        parts = [self.on_the_way(n, generator)] if n else []
+        if n < self.config.batch:
+            parts.insert(0, self.noised(stage, self.config.batch - n, generator))
+        z, t, c, g = (torch.cat(part) for part in zip(*parts))
+        unet, guide = self.base.unet, self.guide
         if not stage.steps:
-            t = torch.randint(ppdd.TIMESTEPS, (len(x),), generator=generator).to(self.device)
-            z, empty = ppdd.add_noise(x, noise, t), self.empty.expand(len(x), -1, -1)
-            return ppdd.cfg_distillation(self.base.unet, self.guide, z, t, c, empty, g)
-        grid = torch.tensor(ppdd.step_grid(2 * stage.steps))
-        i = 2 * torch.randint(stage.steps, (len(x),), generator=generator)
-        t, t_mid, t_end = (grid[i + k].to(self.device) for k in range(3))
-        weight = ppdd.truncated_snr if self.config.loss == "snr" else None
-        z = ppdd.add_noise(x, noise, t)
-        return ppdd.halving(self.base.unet, self.guide, self.teacher, z, t, t_mid, t_end, c, g,
-                            weight)
+            empty = self.empty.expand(len(z), -1, -1)
+            result = ppdd.cfg_distillation(unet, guide, z, t, c, empty, g)
+        else:
+            after = following(2 * stage.steps).to(self.device)
+            weight = ppdd.truncated_snr if self.config.loss == "snr" else None
+            result = ppdd.halving(unet, guide, self.teacher, z, t, after[t], after[after[t]], c, g,
+                                  weight)
+        if n:
+            self.walk_on(stage, result.target[-n:], generator)
+        return result
 
     def step(self, stage: Stage) -> tuple[float, float]:
         """One update; returns loss and unexplained share. Stops where they are not finite."""
@@ -306,6 +437,9 @@ class Run:
         nn.utils.clip_grad_norm_(self.guide.parameters(), self.config.clip)
         self.optimizer.step()
         self.update += 1
+        if self.average:
+            keep = min(self.config.ema, self.update / (self.update + 10))
+            torch._foreach_lerp_([*self.average.parameters()], [*self.guide.parameters()], 1 - keep)
         return loss, unexplained
 
     # -- the whole run
@@ -314,25 +448,26 @@ class Run:
         while self.stage < len(self.stages):
             stage = self.stages[self.stage]
             self.train_stage(stage)
+            if self.average:
+                self.guide.load_state_dict(self.average.state_dict())
             self.save_guide(stage)
             self.teacher.load_state_dict(self.guide.state_dict())
             self.stage, self.update = self.stage + 1, 0
-            self.new_optimizer()
+            self.begin_stage()
             self.save()
         (self.folder / "state.safetensors").unlink(missing_ok=True)
 
     def train_stage(self, stage: Stage) -> None:
-        recent = []
         with tqdm(total=stage.updates, initial=self.update, desc=stage.title) as bar:
             while self.update < stage.updates:
-                recent.append(self.step(stage))
+                self.recent.append(self.step(stage))
                 bar.update()
                 last = self.update == stage.updates
                 if self.update % 50 == 0 or last:
-                    loss, unexplained = np.mean(recent, axis=0)
+                    loss, unexplained = np.mean(self.recent, axis=0)
                     bar.set_postfix(loss=f"{loss:.4g}", unexplained=f"{unexplained:.1%}")
                     self.log(stage, loss, unexplained)
-                    recent = []
+                    self.recent = []
                 if self.config.grid_every and (self.update % self.config.grid_every == 0 or last):
                     self.draw_grid(stage)
                 if self.update % self.config.save_every == 0:
@@ -372,11 +507,19 @@ class Run:
         ppdd.save_guide(path, self.guide, self.guide_config, about)
         tqdm.write(f"saved {path}")
 
+    def modules(self) -> Iterator[tuple[str, nn.Module]]:
+        """What a checkpoint keeps, by the prefix of its tensors."""
+        yield from (("guide.", self.guide), ("teacher.", self.teacher))
+        if self.average:
+            yield "average.", self.average
+
     def save(self) -> None:
         """The whole state in one safetensors file, written aside and renamed."""
-        tensors = {f"guide.{k}": v for k, v in self.guide.state_dict().items()}
-        tensors |= {f"teacher.{k}": v for k, v in self.teacher.state_dict().items()}
-        state = {"stage": self.stage, "update": self.update, "config": asdict(self.config)}
+        tensors = {f"walk.{k}": v for k, v in self.walk.items()}
+        for name, module in self.modules():
+            tensors |= {name + k: v for k, v in module.state_dict().items()}
+        state = {"stage": self.stage, "update": self.update, "recent": self.recent,
+                 "config": asdict(self.config)}
         ppdd.save_tensors(self.folder / "state.safetensors",
                           tensors | ppdd.optimizer_tensors(self.optimizer),
                           {"state": json.dumps(state)})
@@ -388,8 +531,10 @@ class Run:
             state = json.loads(opened.metadata()["state"])
             tensors = {name: opened.get_tensor(name) for name in opened.keys()}
         self.refuse_other_settings(state["config"])
-        self.stage, self.update = state["stage"], state["update"]
-        for name, module in (("guide.", self.guide), ("teacher.", self.teacher)):
+        self.stage, self.update, self.recent = state["stage"], state["update"], state["recent"]
+        self.walk = {k.removeprefix("walk."): v.to(self.device) for k, v in tensors.items()
+                     if k.startswith("walk.")}
+        for name, module in self.modules():
             module.load_state_dict({k.removeprefix(name): v for k, v in tensors.items()
                                     if k.startswith(name)})
         ppdd.load_optimizer(self.optimizer, tensors)
@@ -408,11 +553,6 @@ class Run:
             raise BadInput(f"{self.folder} was begun with another {', '.join(changed)}: "
                            "give the same, or another --run")
 
-
-def rate(update: int, total: int, warmup: int = 50) -> float:
-    """Share of the learning rate: a short warmup, then a cosine down to a twentieth."""
-    cosine = 0.5 * (1 + math.cos(math.pi * update / max(total, 1)))
-    return min(1.0, (update + 1) / warmup) * (0.05 + 0.95 * cosine)
 
 
 # ------------------------------------------------------------------------------- command line
@@ -466,12 +606,15 @@ def prepare(config: Config) -> Run:
     return run
 
 
-def load_data(config: Config, base: Base) -> Postcards | Folder:
+def load_data(config: Config, base: Base) -> Postcards | Folder | Prompts:
+    if Path(config.data).is_file():
+        size = postcards.SIZE if base.path == ppdd.MINI else config.size
+        return Prompts(base, config.data, size)
     if config.data:
         return Folder(base, config.data, config.size)
     if base.path != ppdd.MINI and base.unet.config.model_channels >= 256:
-        raise BadInput("--data is needed with these weights: "
-                       "a folder of pictures with .txt captions")
+        raise BadInput("--data is needed with these weights: a folder of pictures with .txt "
+                       "captions, or a text file of prompts")
     return Postcards(base, min(config.pictures, 40 * config.batch) if config.max_updates else
                      config.pictures, config.seed)
 

@@ -362,7 +362,7 @@ def load_unet(
     Raises CheckpointError where the checkpoint is not what it should be.
     """
     tensors, stored = read_checkpoint(path, PART)
-    config = config or UNetConfig(**stored)
+    config = config or read_config(UNetConfig, stored, path)
     _refuse_other_unets(tensors, config, path)
     with torch.device("meta"):  # no memory and no random numbers for weights about to be replaced
         unet = UNet(config).to(dtype)
@@ -370,25 +370,46 @@ def load_unet(
     return unet.to(device).eval().requires_grad_(False)
 
 
-def read_checkpoint(path: str | Path, part: Part) -> tuple[dict[str, Tensor], dict]:
+def read_checkpoint(path: str | Path, part: Part) -> tuple[dict[str, Tensor], str]:
     """The tensors of one part of a checkpoint, less their prefix, and its stored configuration.
 
     `path` is a single .safetensors file, a folder with one subfolder a part, or that subfolder.
     Only the tensors asked for are read, memory mapped, in the dtype they have; no pickle is ever
-    opened.  The configuration is {} unless a single file carries it.  Raises CheckpointError.
+    opened.  The configuration, for `read_config`, is "{}" unless a single file carries one.
+    Raises CheckpointError.
     """
     path = Path(path).expanduser()
     if path.is_dir():
         files, prefixes = _files_in_folder(path, part), ("",)
     else:
         files, prefixes = [path], part.prefixes
-    tensors, config = {}, {}
+    tensors, config = {}, "{}"
     for file in files:
         with _open(file) as opened:
             names = _select(file, opened.keys(), part, prefixes)
             tensors |= {short: opened.get_tensor(name) for short, name in names.items()}
-            config = json.loads((opened.metadata() or {}).get(part.config, "{}"))
-    return tensors, {k: tuple(v) if isinstance(v, list) else v for k, v in config.items()}
+            config = (opened.metadata() or {}).get(part.config, config)
+    return tensors, config
+
+
+def read_config(kind: type, stored: str, source: str | Path):
+    """The configuration of class `kind` that a file carries as JSON; "{}" is the default one.
+
+    Raises CheckpointError where it is damaged, or speaks of settings that `kind` does not have.
+    """
+    try:
+        default, values = kind(), json.loads(stored)
+        for name, value in values.items():
+            values[name] = value = tuple(value) if isinstance(value, list) else value
+            usual = getattr(default, name)
+            if not isinstance(value, (int, float) if isinstance(usual, float) else type(usual)):
+                raise ValueError(f"{name} is {value!r}")
+        return kind(**values)
+    except (ValueError, TypeError, AttributeError) as error:
+        raise CheckpointError(
+            f"{source} carries settings of a {kind.__name__} that can't be read ({error}): "
+            "save it again, or pass a Stable Diffusion 1.5 checkpoint"
+        ) from error
 
 
 def load_strict(module: nn.Module, tensors: Mapping[str, Tensor], source: str | Path) -> None:

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from unet import Part, load_strict, read_checkpoint, rename
+from unet import Part, load_strict, read_checkpoint, read_config, rename
 
 
 @dataclass(frozen=True)
@@ -203,7 +203,7 @@ def load_vae(
     Raises unet.CheckpointError where the checkpoint is not what it should be.
     """
     tensors, stored = read_checkpoint(path, PART)
-    config = config or VAEConfig(**stored)
+    config = config or read_config(VAEConfig, stored, path)
     with torch.device("meta"):  # no memory and no random numbers for weights about to be replaced
         vae = VAE(config).to(dtype)
     load_strict(vae, rename(tensors, _renames(config)), path)

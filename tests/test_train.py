@@ -77,9 +77,11 @@ def test_training_logs_loss_and_unexplained_share_and_draws_pictures(base, here)
     assert not (here / "runs/toy/tiny/state.safetensors").exists()
 
 
-@pytest.mark.parametrize("after", [1, 4, 6, 9])
-def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(base, here, monkeypatch, after):
-    run(base, "--out", "whole", "--run", "whole-run")
+@pytest.mark.parametrize("after, more", [
+    (1, ()), (4, ()), (6, ()), (9, ()), (5, ("--trajectories", "0.5", "--ema", "0.9"))])
+def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(base, here, monkeypatch, after,
+                                                               more):
+    run(base, "--out", "whole", "--run", "whole-run", *more)
     step, count = train.Run.step, 0
 
     def dies(self, stage):
@@ -91,10 +93,10 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(base, here, monke
 
     monkeypatch.setattr(train.Run, "step", dies)
     with pytest.raises(SystemExit):
-        run(base)
+        run(base, *more)
     monkeypatch.setattr(train.Run, "step", step)
     state = (here / "runs/toy/tiny/state.safetensors").exists()
-    run(base, *["--resume"] * state)
+    run(base, *["--resume"] * state, *more)
     assert state == (after >= 2)
     for name, tensors in guides(here).items():
         whole = load_file(here / f"whole/toy/{name}.safetensors")
@@ -127,13 +129,92 @@ def test_a_fixed_g_goes_into_the_name_and_a_negative_prompt_into_the_target(base
 
 def test_no_picture_is_drawn_twice_for_a_seed_and_g_stays_in_its_range(base, here):
     run_ = train.prepare(train.parse(["--weights", str(base), "--pictures", "40", "--batch", "16"]))
-    first = run_.draw(torch.Generator().manual_seed(3))
-    again = run_.draw(torch.Generator().manual_seed(3))
-    other = run_.draw(torch.Generator().manual_seed(4))
+    first, again, other = (run_.noised(run_.stages[0], 16, torch.Generator().manual_seed(seed))
+                           for seed in (3, 3, 4))
     assert all(torch.equal(a, b) for a, b in zip(first, again))
-    assert not torch.equal(first[1], other[1])
-    g = first[3]
-    assert len(g.unique()) == 16 and 2 <= g.min() and g.max() <= 9
+    assert not torch.equal(first[0], other[0])
+    t, g = first[1], first[3]
+    assert len(t.unique()) > 12 and len(g.unique()) == 16 and 2 <= g.min() and g.max() <= 9
+
+
+@pytest.mark.parametrize("halving", [False, True])
+def test_trajectories_are_the_teachers_own_sampling(base, here, halving):
+    run_ = train.prepare(train.parse([
+        "--weights", str(base), "--pictures", "40", "--batch", "4", "--trajectories", "1",
+        "--start-steps", "8", "--end-steps", "4", "--g-range", "8", "8"]))
+    run_.stage, run_.update, steps = int(halving), 1, 4 if halving else 8
+    if halving:
+        fresh = randomised(lambda: ppdd.build_guide(UNET, run_.guide_config))
+        run_.teacher.load_state_dict(fresh.state_dict())
+    else:
+        run_.empty = run_.base.embed(["a boat"])
+    stage = run_.stages[run_.stage]
+    z, _, c, _ = run_.on_the_way(4, torch.Generator().manual_seed(7))
+    for _ in range(steps):
+        run_.step(stage)
+    assert (run_.walk["t"] == -1).all()
+    empty = run_.empty.expand(4, -1, -1)
+    with torch.no_grad():
+        whole = ppdd.sample(run_.base.unet, z, c, 8.0, 8, run_.teacher if halving else None,
+                            None if halving else empty)
+    assert (run_.walk["z"] - whole).abs().max() < 1e-3 * whole.abs().max()
+    run_.step(stage)
+    assert (run_.walk["t"] < 999).all() and (run_.walk["t"] >= 0).all()           # begun anew
+
+
+def test_trajectories_of_one_batch_do_not_walk_abreast(base, here):
+    run_ = train.prepare(train.parse(["--weights", str(base), "--pictures", "40", "--batch", "16",
+                                      "--trajectories", "0.75"]))
+    for _ in range(3):
+        run_.step(run_.stages[0])
+    assert len(run_.walk["t"]) == 12 and len(run_.walk["t"].unique()) > 6
+
+
+def test_a_list_of_prompts_trains_the_guide_without_pictures(base, here):
+    (here / "prompts.txt").write_bytes("\ufeffa boat\r\n\r\na house, été\n".encode())
+    run(base, "--data", "prompts.txt", "--size", "64", "--end-steps", "32", updates=2)
+    assert set(guides(here)) == {"tiny", "tiny-32"}
+    _, about = ppdd.read_about(here / "guides/toy/tiny.safetensors")
+    assert about["settings"]["trajectories"] == 1.0
+
+
+def test_the_guide_kept_is_the_running_mean_of_its_weights(base, here):
+    run_ = train.prepare(train.parse(["--weights", str(base), "--pictures", "40", "--batch", "4",
+                                      "--max-updates", "3", "--ema", "0.5", "--end-steps", "64"]))
+    mean, weights = torch.zeros_like(run_.guide.theta_z3[0].weight), []
+    for update in range(3):
+        run_.step(run_.stages[0])
+        weights.append(run_.guide.theta_z3[0].weight.detach().clone())
+        keep = min(0.5, (update + 1) / (update + 11))
+        mean = keep * mean + (1 - keep) * weights[-1]
+    torch.testing.assert_close(run_.average.theta_z3[0].weight, mean)
+    run_.train()
+    saved = guides(here)["tiny"]["theta_z3.0.weight"].float()
+    torch.testing.assert_close(saved, mean, rtol=1e-3, atol=1e-6)
+    assert not torch.allclose(saved, weights[-1], rtol=1e-3)
+
+
+@pytest.mark.parametrize("shape", [(8, 8), (6, 20), (20, 6)])
+def test_muon_moves_a_matrix_by_nearly_orthogonal_steps(shape):
+    m = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    u, s, v = torch.linalg.svd(train.orthogonal(m), full_matrices=False)
+    assert s.min() > 0.5 and s.max() < 1.3
+    a, _, b = torch.linalg.svd(m, full_matrices=False)
+    assert torch.trace((a @ b).T @ train.orthogonal(m)) > 0.8 * min(shape)
+
+
+def test_muon_takes_vectors_as_adamw_does():
+    ends = []
+    for kind in (train.Muon, torch.optim.AdamW):
+        torch.manual_seed(0)
+        layer = torch.nn.Linear(4, 3)
+        optimizer = kind(layer.parameters(), lr=0.01, weight_decay=0.0)
+        for _ in range(3):
+            optimizer.zero_grad()
+            (layer.bias - 1).square().sum().backward()
+            optimizer.step()
+        ends.append(layer.bias.detach())
+    assert torch.equal(*ends)
 
 
 def test_a_folder_of_captioned_pictures_trains_the_guide(base, here):
@@ -168,6 +249,7 @@ def test_a_loss_that_is_not_finite_stops_and_says_what_to_try(base, here, monkey
     (["--g-range", "9", "2"], "g-range"), (["--g-range", "nan", "nan"], "g-range"),
     (["--batch", "0"], "batch"), (["--size", "100"], "size"), (["--updates", "-1"], "negative"),
     (["--save-every", "0"], "save-every"), (["--lr", "nan"], "rate"), (["--clip", "0"], "clip"),
+    (["--trajectories", "1.5"], "trajectories"), (["--ema", "1"], "ema"),
     (["--start-steps", "60"], "power of two"), (["--end-steps", "0"], "power of two"),
     (["--guide", "huge"], "invalid choice"), (["--data", "nowhere"], "not a folder"),
     (["--resume"], "no unfinished run"), (["--weights", "nowhere.safetensors"], "does not exist"),

@@ -370,3 +370,12 @@ def test_folder_of_other_sizes(reference, tmp_path):
     theirs.save_pretrained(tmp_path / "unet")
     with pytest.raises(CheckpointError, match=r"of another shape: .* for \("):
         load_unet(tmp_path)
+
+
+@pytest.mark.parametrize("stored", [
+    '{"model_chan', "[]", '{"colour": 3}', '{"model_channels": "64"}', '{"channel_mult": 4}'])
+def test_damaged_configuration_is_said_in_a_sentence(tmp_path, stored):
+    path = tmp_path / "base.safetensors"
+    save_file({"model.diffusion_model.out.0.weight": torch.ones(1)}, path, {"unet_config": stored})
+    with pytest.raises(CheckpointError, match="carries settings of a UNetConfig"):
+        load_unet(path)
