@@ -14,12 +14,14 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-STAGE_ONE = {"guide": "tiny", "end-steps": "64"}
+STAGE_ONE = {"guide": "tiny", "end-steps": "64", "optimizer": "adamw"}
+FULL = STAGE_ONE | {"guide": "full"}
 ROWS = [
-    *({**STAGE_ONE, "pool": pool, "form": form}
+    *(STAGE_ONE | {"lr": "2e-3", "pool": pool, "form": form}
       for form in ("sum", "product") for pool in ("mean", "end", "attention")),
-    *({**STAGE_ONE, "lr": lr} for lr in ("1e-3", "1e-2")),
-    *({"guide": "full", "end-steps": "64", "lr": lr} for lr in ("3e-4", "1e-3", "2e-3")),
+    *(STAGE_ONE | {"lr": lr} for lr in ("1e-3", "1e-2")),
+    *(FULL | {"lr": lr} for lr in ("3e-4", "1e-3", "2e-3")),
+    *(FULL | {"optimizer": "muon", "lr": lr} for lr in ("2e-3", "6e-3")),
 ]
 HALVING = [{"init": f"mini/guides/{kind}.safetensors", "guide": kind, "start-steps": "16",
             "loss": loss} for kind in ("tiny", "full") for loss in ("eps", "snr")]

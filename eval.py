@@ -1,0 +1,2091 @@
+"""Scores of pictures, and the paper's tables and figures: `python eval.py COMMAND`.
+
+    fid A B                     distance between two sets of pictures, folders or .npz files
+    clip DIR --prompts FILE     how far pictures show what their prompts say
+    table1                      parameters and arithmetic of networks, guides and whole pictures
+    table2                      guides, CFG and no guidance, by number of steps and g
+    table3                      the plain base's guides plugged into fine-tuned bases
+    match                       how much of the CFG correction a guide explains, by g and by t
+    fig5 fig6 fig7 fig8         the paper's figures
+    quality                     Table 2 as a chart: quality over measured time
+
+Each writes its result, with its protocol, to a JSON or PNG file. The distance is FID where
+pytorch-fid's Inception weights are found; else it is the same distance between features of a CLIP
+and is called CLIP-FID, which is never to be set beside an FID. Of the miniature it is always that.
+
+Shapes: B pictures, H and W their sides, d features of one, L tokens.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import hashlib
+import io
+import json
+import logging
+import math
+import os
+import platform
+import random
+import re
+import statistics
+import subprocess
+import sys
+import textwrap
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, fields, replace
+from datetime import timedelta
+from functools import cached_property
+from importlib.metadata import PackageNotFoundError, version
+from itertools import groupby
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from safetensors.torch import load_file
+from scipy.linalg import eigh, eigvalsh
+from torch import Tensor, distributed, nn
+from torch.nn import functional as F
+from torch.nn.modules.module import register_module_forward_hook
+from torch.utils.flop_counter import FlopCounterMode
+from tqdm import tqdm
+
+import ppdd
+from clip_text import TextConfig, TextEncoder
+from mini import postcards
+from mini.judge import load_judge
+from ppdd import Base
+from unet import CheckpointError, UNet, UNetConfig, injection_channels
+from vae import VAE, VAEConfig
+
+
+class BadInput(ValueError):
+    """Something the person gave can't be used; the message is all they need to see."""
+
+
+def option(default, text: str, **more):
+    """A field of a configuration, with the help text of its flag."""
+    return field(default=default, metadata={"help": text, **more})
+
+
+@dataclass(frozen=True)
+class Config:
+    """Settings of a command; the command line is generated from them, and every result has them."""
+
+    command: str = option("", "what to measure")
+    paths: tuple[str, ...] = option((), "fid: two folders or .npz files; clip: a folder")
+    weights: str = option("", "Stable Diffusion 1.5; default: looked for, else the miniature")
+    clip: str = option("", "an open_clip model, MODEL:TAG or MODEL:FILE, or mini; default: mini "
+                           "for the miniature's pictures, else ViT-g-14:laion2b_s34b_b88k")
+    inception: str = option("", "pytorch-fid's weight file; default: looked for in torch's cache")
+    prompts: str = option("", "prompts: a text, one a line, COCO's captions .json, a .tsv or .csv")
+    real: str = option("", "reference pictures, a folder or .npz")
+    count: int = option(0, "so many pictures, or prompts of a file; 0: all")
+    seed: int = option(0, "seed of what is drawn")
+    batch: int = option(32, "pictures at a time")
+    size: str = option("", "side of the pictures; default: 512, the miniature's 64; table1: mini "
+                           "for the miniature, default: Stable Diffusion 1.5")
+    device: str = option("", "cuda or cpu; default: cuda where there is one")
+    dtype: str = option("auto", "of the base; auto: bf16 on CUDA, else fp32",
+                        choices=("auto", "fp32", "bf16", "fp16"))
+    skip_bad: bool = option(False, "leave out pictures that can't be read")
+    guides: tuple[str, ...] = option((), "tables: more guides, by name (tiny-product-8) or file")
+    bases: tuple[str, ...] = option((), "table3, fig8: fine-tuned bases; default: mini/styles")
+    prompt: tuple[str, ...] = option((), "figures: what to paint; default: a few examples")
+    g: tuple[float, ...] = option((), "guidance numbers; default: 2 4 6 8, or 8 where there is one",
+                                  type=float)
+    seeds: int = option(0, "tables: seeds, each with --count pictures; 0: 3")
+    references: int = option(0, "real postcards to compare with; 0: 2000")
+    repeats: int = option(0, "tables: rounds of timing; 0: 3")
+    quick: bool = option(False, "few pictures, two g, two seeds; in a result file of its own")
+    save: str = option("", "fid: write the first folder's statistics to this .npz")
+    out: str = option("", "the file; default: results/COMMAND.json, a figure's docs/COMMAND.png")
+
+
+# ------------------------------------------------------------------------------- the distance
+
+class Statistics:
+    """Mean and covariance of features, in float64, streamed: no picture's features are kept.
+
+    n counts the pictures; it is 0 where a file does not say. `of` names the features, where known.
+    """
+
+    def __init__(self, of: str = ""):
+        self.n, self.of = 0, of
+        self.mean = self._scatter = np.zeros(0)
+
+    def add(self, features: Tensor) -> None:
+        """Takes in the features (B, d) of B more pictures."""
+        x = features.detach().cpu().double().numpy()
+        part = Statistics()
+        part.n, part.mean = len(x), x.mean(0)
+        part._scatter = (x - part.mean).T @ (x - part.mean)
+        self.merge(part)
+
+    def merge(self, other: Statistics) -> None:
+        """Takes in another's pictures; exact, in any order, up to rounding (Chan et al., 1979)."""
+        if not self.mean.size:
+            self.n, self.mean, self._scatter = other.n, other.mean, other._scatter.copy()
+            return
+        if not (self.n and other.n):
+            raise ValueError("statistics of an unknown number of pictures can't be added to")
+        n, apart = self.n + other.n, other.mean - self.mean
+        self._scatter += other._scatter
+        self._scatter += np.outer(apart, apart * (self.n * other.n / n))
+        self.mean, self.n = self.mean + apart * (other.n / n), n
+
+    @property
+    def covariance(self) -> np.ndarray:
+        """(d, d), with n − 1 in the denominator; zeros for one picture."""
+        return self._scatter / max(self.n - 1, 1)
+
+    def save(self, path: str | Path) -> None:
+        """An .npz with mu and sigma, as pytorch-fid writes and reads it, and with n and of."""
+        with written(Path(path)) as temporary, temporary.open("wb") as file:
+            np.savez(file, mu=self.mean, sigma=self.covariance, n=self.n, of=self.of)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Statistics:
+        """What `save` or pytorch-fid wrote. Raises BadInput where the file is something else."""
+        try:
+            with np.load(path, allow_pickle=False) as file:
+                mu, sigma = (file[k].astype(np.float64, casting="same_kind")
+                             for k in ("mu", "sigma"))
+                n = int(file["n"]) if "n" in file else 0
+                of = str(file["of"]) if "of" in file else ""
+        except FileNotFoundError:
+            raise BadInput(f"{path}: there is no such file") from None
+        except Exception as error:      # a damaged archive raises whatever its parts do
+            raise BadInput(f"{path} is no .npz with mu and sigma ({error}): pass one, or a folder "
+                           "of pictures") from None
+        fits = mu.ndim == 1 and sigma.shape == 2 * mu.shape and mu.size > 0
+        if not (fits and np.isfinite(mu).all() and np.isfinite(sigma).all()):
+            raise BadInput(f"{path}: mu {mu.shape} and sigma {sigma.shape} are no finite mean and "
+                           "covariance; compute them again")
+        self = cls(of)
+        self.n, self.mean, self._scatter = n, mu, sigma * max(n - 1, 1)
+        return self
+
+
+def frechet(a: Statistics, b: Statistics) -> float:
+    """‖μ₁ − μ₂‖² + Tr(Σ₁ + Σ₂ − 2 √(Σ₁ Σ₂)), the distance of Heusel et al. (2017); at least 0.
+
+    Tr √(Σ₁ Σ₂) = Σ √eigenvalues of R Σ₂ Rᵀ, RᵀR = Σ₁, which is symmetric: never complex. R has as
+    many rows as Σ₁ has rank; the zeros of a deficient Σ₁ would come out as noise, and its root is
+    large. Raises BadInput where the features are not the same.
+    """
+    if a.mean.shape != b.mean.shape:
+        raise BadInput(f"{a.mean.size} features a picture and {b.mean.size} can't be compared: "
+                       "both sides must come from one network")
+    values, vectors = eigh(a.covariance)
+    kept = values > values[-1] * len(values) * np.finfo(np.float64).eps
+    root = vectors[:, kept] * np.sqrt(values[kept])                            # (d, rank), Rᵀ
+    spectrum = eigvalsh(root.T @ b.covariance @ root) if kept.any() else np.zeros(1)
+    cross = np.sqrt(spectrum.clip(min=0)).sum()
+    apart = a.mean - b.mean
+    traces = np.trace(a.covariance) + np.trace(b.covariance)
+    return max(0.0, float(apart @ apart + traces - 2 * cross))
+
+
+# ------------------------------------------------------------------------------- FID's Inception
+
+INCEPTION = "pt_inception-2015-12-05-6726825d.pth"
+INCEPTION_SHA = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
+
+
+class Unit(nn.Module):
+    """Convolution, batch norm, ReLU; `same` keeps the sides."""
+
+    def __init__(self, c_in: int, c_out: int, kernel: int | tuple[int, int], stride: int = 1,
+                 same: bool = True):
+        super().__init__()
+        kernel = (kernel, kernel) if isinstance(kernel, int) else kernel
+        padding = [k // 2 if same and stride == 1 else 0 for k in kernel]
+        self.conv = nn.Conv2d(c_in, c_out, kernel, stride, padding, bias=False)
+        self.bn = nn.BatchNorm2d(c_out, eps=1e-3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(self.bn(self.conv(x)))
+
+
+class Mixed(nn.Module):
+    """Branches side by side, joined over the channels, the pooled one last.
+
+    A branch is a row of (name, channels, kernel[, stride]); a list in it is a fork whose outputs
+    are joined too. The pooled branch ends in a 1×1 unit of `pooled` channels where that is not 0.
+    """
+
+    def __init__(self, c_in: int, pool: nn.Module, pooled: int, *branches: tuple):
+        super().__init__()
+        self.pool, self.paths = pool, []
+        for branch in branches:
+            channels, path = c_in, []
+            for step in branch:
+                fork = step if isinstance(step, list) else [step]
+                for name, *sizes in fork:
+                    setattr(self, name, Unit(channels, *sizes))
+                path.append([name for name, *_ in fork])
+                channels = fork[0][1]
+            self.paths.append(path)
+        self.branch_pool = Unit(c_in, pooled, 1) if pooled else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        outputs = []
+        for path in self.paths:
+            h = x
+            for names in path:
+                h = torch.cat([getattr(self, name)(h) for name in names], dim=1)
+            outputs.append(h)
+        return torch.cat([*outputs, self.branch_pool(self.pool(x))], dim=1)
+
+
+def _average() -> nn.Module:
+    return nn.AvgPool2d(3, stride=1, padding=1, count_include_pad=False)
+
+
+def _mixed_5(c_in: int, pooled: int) -> Mixed:
+    return Mixed(c_in, _average(), pooled, (("branch1x1", 64, 1),),
+                 (("branch5x5_1", 48, 1), ("branch5x5_2", 64, 5)),
+                 (("branch3x3dbl_1", 64, 1), ("branch3x3dbl_2", 96, 3), ("branch3x3dbl_3", 96, 3)))
+
+
+def _mixed_6(c_in: int, c: int) -> Mixed:
+    return Mixed(c_in, _average(), 192, (("branch1x1", 192, 1),),
+                 (("branch7x7_1", c, 1), ("branch7x7_2", c, (1, 7)), ("branch7x7_3", 192, (7, 1))),
+                 (("branch7x7dbl_1", c, 1), ("branch7x7dbl_2", c, (7, 1)),
+                  ("branch7x7dbl_3", c, (1, 7)), ("branch7x7dbl_4", c, (7, 1)),
+                  ("branch7x7dbl_5", 192, (1, 7))))
+
+
+def _mixed_7(c_in: int, pool: nn.Module) -> Mixed:
+    return Mixed(c_in, pool, 192, (("branch1x1", 320, 1),),
+                 (("branch3x3_1", 384, 1),
+                  [("branch3x3_2a", 384, (1, 3)), ("branch3x3_2b", 384, (3, 1))]),
+                 (("branch3x3dbl_1", 448, 1), ("branch3x3dbl_2", 384, 3),
+                  [("branch3x3dbl_3a", 384, (1, 3)), ("branch3x3dbl_3b", 384, (3, 1))]))
+
+
+class Inception(nn.Module):
+    """The Inception v3 of FID, from 2015, without its classifier; names are the weight file's keys.
+
+    It is not torchvision's: averages leave padding out, and the last block pools by maximum.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.protocol = {"network": "Inception v3 (2015-12-05), 2048 features of the last pooling",
+                         "resize": "299 x 299, bilinear, align_corners=False, no antialias"}
+        self.Conv2d_1a_3x3 = Unit(3, 32, 3, stride=2)
+        self.Conv2d_2a_3x3 = Unit(32, 32, 3, same=False)
+        self.Conv2d_2b_3x3 = Unit(32, 64, 3)
+        self.Conv2d_3b_1x1 = Unit(64, 80, 1)
+        self.Conv2d_4a_3x3 = Unit(80, 192, 3, same=False)
+        self.Mixed_5b, self.Mixed_5c = _mixed_5(192, 32), _mixed_5(256, 64)
+        self.Mixed_5d = _mixed_5(288, 64)
+        self.Mixed_6a = Mixed(288, nn.MaxPool2d(3, 2), 0, (("branch3x3", 384, 3, 2),),
+                              (("branch3x3dbl_1", 64, 1), ("branch3x3dbl_2", 96, 3),
+                               ("branch3x3dbl_3", 96, 3, 2)))
+        self.Mixed_6b, self.Mixed_6c = _mixed_6(768, 128), _mixed_6(768, 160)
+        self.Mixed_6d, self.Mixed_6e = _mixed_6(768, 160), _mixed_6(768, 192)
+        self.Mixed_7a = Mixed(768, nn.MaxPool2d(3, 2), 0,
+                              (("branch3x3_1", 192, 1), ("branch3x3_2", 320, 3, 2)),
+                              (("branch7x7x3_1", 192, 1), ("branch7x7x3_2", 192, (1, 7)),
+                               ("branch7x7x3_3", 192, (7, 1)), ("branch7x7x3_4", 192, 3, 2)))
+        self.Mixed_7b = _mixed_7(1280, _average())
+        self.Mixed_7c = _mixed_7(2048, nn.MaxPool2d(3, stride=1, padding=1))
+
+    def forward(self, pictures: Tensor) -> Tensor:
+        """Pictures (B, 3, H, W) uint8 to features (B, 2048)."""
+        x = F.interpolate(pictures.float() / 255, (299, 299), mode="bilinear", align_corners=False)
+        x = self.Conv2d_2b_3x3(self.Conv2d_2a_3x3(self.Conv2d_1a_3x3(2 * x - 1)))
+        x = self.Conv2d_4a_3x3(self.Conv2d_3b_1x1(F.max_pool2d(x, 3, 2)))      # (B, 192, 71, 71)
+        x = F.max_pool2d(x, 3, 2)                                              # (B, 192, 35, 35)
+        for name, block in self.named_children():
+            if name.startswith("Mixed"):
+                x = block(x)
+        return x.mean((2, 3))                                                  # (B, 2048)
+
+
+def find_inception(given: str = "") -> Path | None:
+    """The weight file given, else one in ./weights or in torch's cache, else None."""
+    if given:
+        return Path(given).expanduser()
+    folders = (Path("weights"), Path(torch.hub.get_dir()) / "checkpoints")
+    return next((f / INCEPTION for f in folders if (f / INCEPTION).is_file()), None)
+
+
+def load_inception(path: str | Path, device: str | torch.device = "cpu") -> Inception:
+    """FID's Inception in float32, eval mode. Raises BadInput where the file is not the one."""
+    path = Path(path)
+    digest = ppdd.fingerprint(path) if path.is_file() else ""
+    if digest != INCEPTION_SHA:
+        found = f"has SHA-256 {digest[:8]}…, not {INCEPTION_SHA[:8]}…" if digest else "is no file"
+        raise BadInput(f"{path} {found}: pass {INCEPTION} from pytorch-fid's releases")
+    state = torch.load(path, map_location="cpu", weights_only=True)
+    network = Inception()
+    network.load_state_dict({k: v for k, v in state.items() if not k.startswith("fc.")})
+    network.protocol = {**network.protocol, "sha256": digest}
+    return network.to(device).eval().requires_grad_(False)
+
+
+# ------------------------------------------------------------------------------- CLIP
+
+VIT_G = "ViT-g-14:laion2b_s34b_b88k"
+
+
+class Clip:
+    """An open_clip model; called, it is `images`, so that it serves as an extractor of features."""
+
+    def __init__(self, name: str, model: nn.Module, preprocess: Callable, tokenizer: Callable,
+                 digest: str):
+        """preprocess is open_clip's own for PIL pictures, of which its normalisation is last."""
+        self.name, self.model, self.tokenizer = name, model, tokenizer
+        *self.spatial, self.normalise = preprocess.transforms
+        moves = [str(s) for s in self.spatial if not type(s).__name__.startswith("Maybe")]
+        self.protocol = {"network": f"{name}, normalised image features", "sha256": digest,
+                         "resize": "; ".join(moves), "normalisation": str(self.normalise)}
+
+    def prepare(self, pictures: Tensor) -> Tensor:
+        """(B, 3, H, W) uint8 to what the model reads: open_clip's own steps, on the whole batch.
+
+        Equal to its preprocessing of PIL pictures where nothing is resized; where something is,
+        torchvision's 8-bit bicubic stands in for Pillow's: some pixels differ by a level or two.
+        """
+        for step in self.spatial:
+            pictures = step(pictures)
+        return self.normalise(pictures.float() / 255)
+
+    @torch.no_grad()
+    def images(self, pictures: Tensor) -> Tensor:
+        """Features (B, d), float32, of length 1, of pictures (B, 3, H, W) uint8."""
+        x = self.prepare(pictures.to(next(self.model.parameters()).device))
+        return F.normalize(self.model.encode_image(x).float(), dim=1)
+
+    @torch.no_grad()
+    def texts(self, texts: list[str]) -> Tensor:
+        """Features (B, d), float32, of length 1, of B texts; what is past 77 tokens is not read."""
+        ids = self.tokenizer(texts).to(next(self.model.parameters()).device)   # (B, L), padded by 0
+        return F.normalize(self.model.encode_text(ids).float(), dim=1)
+
+    __call__ = images
+
+
+def load_clip(spec: str, device: str | torch.device = "cpu") -> Clip:
+    """The CLIP "mini", MODEL:TAG of open_clip or MODEL:FILE, in float32 and eval mode.
+
+    Raises BadInput where there is no such model, or its weights are not to be had.
+    """
+    try:
+        import open_clip
+    except ImportError as error:
+        raise BadInput("CLIP needs a package that is missing: pip install open_clip_torch "
+                       f"({error})") from None
+    with quiet():
+        clip = _load_mini_clip(open_clip) if spec == "mini" else _load_open_clip(open_clip, spec)
+    clip.model.to(device).eval().requires_grad_(False)
+    return clip
+
+
+def _load_mini_clip(open_clip) -> Clip:
+    folder = ppdd.MINI.parent
+    model = open_clip.CLIP(**json.loads((folder / "clip.json").read_text()))
+    model.load_state_dict(load_file(folder / "clip.safetensors"))
+    # it was trained on pixels as they are, in 0 … 1
+    preprocess = open_clip.image_transform(64, is_train=False, mean=(0., 0., 0.), std=(1., 1., 1.))
+    return Clip("the miniature's CLIP", model, preprocess, open_clip.SimpleTokenizer(),
+                ppdd.fingerprint(folder / "clip.safetensors"))
+
+
+def _load_open_clip(open_clip, spec: str) -> Clip:
+    name, _, weights = spec.partition(":")
+    if name not in open_clip.list_models() or not weights:
+        raise BadInput(f"--clip {spec}: MODEL:TAG, MODEL:FILE or mini, for example {VIT_G}")
+    known, file = open_clip.get_pretrained_cfg(name, weights), Path(weights).expanduser()
+    if not known and not file.is_file():
+        tags = ", ".join(open_clip.list_pretrained_tags_by_model(name)) or "none"
+        raise BadInput(f"--clip {spec}: there is no such file, nor such a tag of {name} ({tags})")
+    try:
+        file = Path(open_clip.download_pretrained(known)) if known else file
+        # OpenAI's models were trained with the quick GELU, which a file of weights can't say
+        quick = known.get("quick_gelu", False) or "openai" in weights.lower()
+        model, _, preprocess = open_clip.create_model_and_transforms(
+            name, pretrained=weights if known else str(file), force_quick_gelu=quick,
+            weights_only=True)
+        tokenizer = open_clip.get_tokenizer(name)
+    except Exception as error:          # from the network, the hub, torch.load or load_state_dict
+        reason = textwrap.shorten(str(error), 140, placeholder=" …")
+        raise BadInput(f"--clip {spec} can't be loaded ({reason}): pass weights you have as "
+                       f"--clip {name}:FILE, .safetensors or a plain state dict") from None
+    return Clip(spec, model, preprocess, tokenizer, ppdd.fingerprint(file))
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """No log lines of libraries: what goes wrong is said in a sentence of ours."""
+    logging.disable(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logging.disable(logging.NOTSET)
+
+
+def clip_scores(clip: Clip, pictures: Tensor, texts: list[str]) -> Tensor:
+    """(B,) cosine between each of B pictures (B, 3, H, W) uint8 and its text."""
+    return (clip.images(pictures) * clip.texts(texts)).sum(1)
+
+
+def extractor(config: Config, base_is_mini: bool) -> tuple[str, Callable[[Tensor], Tensor]]:
+    """What the distance is called, and the network whose features it compares.
+
+    FID where Inception's weights are given or found; else CLIP-FID, named with its CLIP. For the
+    command `fid`, --clip alone asks for CLIP-FID. The network's `protocol` says what it is.
+    """
+    asked = base_is_mini or config.command == "fid" and config.clip
+    path = None if asked and not config.inception else find_inception(config.inception)
+    if path:
+        return "FID", load_inception(path, config.device)
+    try:
+        clip = load_clip(config.clip or ("mini" if base_is_mini else VIT_G), config.device)
+    except BadInput as error:
+        raise BadInput(f"{error}; or, for FID, pass --inception {INCEPTION}") from None
+    return f"CLIP-FID ({clip.name})", clip
+
+
+# ------------------------------------------------------------------------------- pictures, prompts
+
+THREADS, AHEAD = 4, 3           # that decode pictures, and how many batches they may be ahead
+SHEET = re.compile(r"(grid|compare)(-\d+)?\.png")
+
+
+def picture_files(folder: str | Path) -> list[Path]:
+    """The pictures below a folder, "9.png" before "10.png"; raises BadInput where there are none.
+
+    Contact sheets of sample.py are not among them.
+    """
+    folder = Path(folder).expanduser()
+    if not folder.is_dir():
+        raise BadInput(f"{folder}: there is no such folder")
+    kinds = {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN}
+    files = [p for p in folder.rglob("*") if p.suffix.lower() in kinds and p.is_file()
+             and not p.name.startswith(".") and not (SHEET.fullmatch(p.name) and _is_sheet(p))]
+    if not files:
+        raise BadInput(f"{folder}: there are no pictures in it")
+    return sorted(files, key=lambda p: _natural(str(p.relative_to(folder))))
+
+
+def _natural(name: str) -> tuple:
+    """A key by which numbers in names are ordered as numbers, and before letters."""
+    parts = [part for part in re.split(r"(\d+)", name) if part]
+    return [(0, int(part), "") if part.isdecimal() else (1, 0, part) for part in parts], name
+
+
+def _is_sheet(path: Path) -> bool:
+    try:
+        with Image.open(path) as image:
+            return "ppdd" in image.info and "parameters" not in image.info
+    except OSError:
+        return False
+
+
+def read_picture(path: Path) -> Tensor | None:
+    """(3, H, W) uint8, transparency dropped; None for what can't be read."""
+    try:
+        with Image.open(path) as image:
+            return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
+    except Exception:                   # decoders of broken files raise all kinds
+        return None
+
+
+def pictures_in(folder: str | Path, batch: int, skip_bad: bool = False
+                ) -> Iterator[tuple[list[Path], Tensor]]:
+    """Paths and pictures (B, 3, H, W) uint8 of a folder, in natural order, B at most `batch`.
+
+    Threads decode ahead. Neighbours of one size share a batch. Pictures that can't be read are
+    named and counted at the end, on stderr with skip_bad, else in a BadInput; after the first of
+    them the rest is only looked through.
+    """
+    files, bad = picture_files(folder), []
+    for read in _decoded(files, batch):
+        bad += [path for path, picture in read if picture is None]
+        if skip_bad or not bad:
+            good = [(path, picture) for path, picture in read if picture is not None]
+            for _, same in groupby(good, key=lambda item: item[1].shape):
+                paths, pictures = zip(*same)
+                yield list(paths), torch.stack(pictures)
+    _report_bad(bad, len(files), skip_bad)
+
+
+def _decoded(files: list[Path], batch: int) -> Iterator[list[tuple[Path, Tensor | None]]]:
+    """Batches of files with their pictures, of which some more are being decoded meanwhile."""
+    ahead: deque = deque()
+    with ThreadPoolExecutor(THREADS) as pool:
+        for i in range(0, len(files), batch):
+            chunk = files[i:i + batch]
+            ahead.append(zip(chunk, pool.map(read_picture, chunk)))        # starts at once
+            if len(ahead) > AHEAD:
+                yield list(ahead.popleft())
+        while ahead:
+            yield list(ahead.popleft())
+
+
+def _report_bad(bad: list[Path], total: int, skip_bad: bool) -> None:
+    if not bad:
+        return
+    named = ", ".join(map(str, bad[:10])) + (", …" if len(bad) > 10 else "")
+    said = f"{len(bad)} of {total} pictures can't be read: {named}"
+    if not skip_bad or len(bad) == total:
+        raise BadInput(f"{said}; take them out, or pass --skip-bad")
+    print(f"warning: {said}; left out", file=sys.stderr)
+
+
+def read_prompts(path: str | Path, count: int = 0, seed: int = 0) -> list[str]:
+    """The prompts of a file, or `count` of them drawn by seed, in the file's order.
+
+    A text has one a line; COCO's captions .json give one caption an image, chosen by seed, in the
+    order of image ids; a .tsv or .csv has a column `caption`, `text` or `prompt`, or only one whose
+    cells hold several words. Blank ones are passed over. Raises BadInput.
+    """
+    path = Path(path).expanduser()
+    readers = {".json": _coco_captions, ".csv": _captions_in_table, ".tsv": _captions_in_table}
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+        found = readers.get(path.suffix.lower(), _lines)(path, text, random.Random(seed))
+    except UnicodeDecodeError:
+        raise BadInput(f"--prompts {path}: not a UTF-8 text") from None
+    except FileNotFoundError:
+        raise BadInput(f"--prompts {path}: there is no such file") from None
+    prompts = [prompt for prompt in (" ".join(said.split()) for said in found) if prompt]
+    if not prompts:
+        raise BadInput(f"--prompts {path}: there is no prompt in it")
+    if count > len(prompts):
+        raise BadInput(f"--count {count}: {path} holds {len(prompts)} prompts only")
+    rows = sorted(random.Random(seed).sample(range(len(prompts)), count or len(prompts)))
+    return [prompts[i] for i in rows]
+
+
+def _lines(path: Path, text: str, rng: random.Random) -> list[str]:
+    return text.split("\n")
+
+
+def _coco_captions(path: Path, text: str, rng: random.Random) -> list[str]:
+    try:
+        said: dict[int, list] = {}
+        for a in sorted(json.loads(text)["annotations"], key=lambda a: (a["image_id"], a["id"])):
+            said.setdefault(a["image_id"], []).append(str(a["caption"]))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise BadInput(f"--prompts {path}: no captions as in COCO's captions_val2014.json "
+                       f"({type(error).__name__}: {error})") from None
+    return [rng.choice(captions) for captions in said.values()]
+
+
+def _captions_in_table(path: Path, text: str, rng: random.Random) -> list[str]:
+    dialect = csv.excel_tab if path.suffix.lower() == ".tsv" else csv.excel
+    try:
+        rows = [row for row in csv.reader(io.StringIO(text), dialect) if any(row)]
+    except csv.Error as error:
+        raise BadInput(f"--prompts {path}: a table that can't be read ({error})") from None
+    head = [cell.strip().lower() for cell in rows[0]] if rows else []
+    named = next((head.index(k) for k in ("caption", "text", "prompt") if k in head), None)
+    column = _wordy_column(rows) if named is None else named
+    if column is None:
+        raise BadInput(f"--prompts {path}: which column is it? Name one `caption`")
+    header = named is not None or " " not in head[column]
+    return [row[column] for row in rows[header:] if column < len(row)]
+
+
+def _wordy_column(rows: list[list[str]]) -> int | None:
+    """The only column most of whose cells hold several words; None where it is not the only one."""
+    cells: dict[int, int] = {}
+    for row in rows:
+        for i, cell in enumerate(row):
+            cells[i] = cells.get(i, 0) + (len(cell.split()) > 1)
+    wordy = [i for i, n in cells.items() if 2 * n >= len(rows)]
+    return wordy[0] if len(wordy) == 1 and wordy[0] < len(rows[0]) else None
+
+
+def prompt_in(path: Path) -> str:
+    """The prompt in a PNG's chunk `parameters`, as sample.py and popular interfaces write it."""
+    try:
+        with Image.open(path) as image:
+            said = str(image.info.get("parameters", ""))
+    except OSError:
+        said = ""
+    return said.rpartition("\nSteps: ")[0].partition("\nNegative prompt: ")[0]
+
+
+# ------------------------------------------------------------------------------- results
+
+@contextmanager
+def written(path: Path) -> Iterator[Path]:
+    """A temporary name beside path, renamed to it at the end: never half a file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: str | Path, value) -> None:
+    """The value as JSON, indented, written aside and renamed."""
+    with written(Path(path)) as temporary:
+        text = json.dumps(value, indent=1, allow_nan=False, ensure_ascii=False)
+        temporary.write_text(text + "\n", encoding="utf-8")
+
+
+def commit() -> str:
+    """The commit of this checkout, "-dirty" where it has changes; "unknown" outside of git."""
+    try:
+        asked = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=10"],
+                               cwd=Path(__file__).parent, capture_output=True, text=True)
+    except OSError:
+        return "unknown"
+    return asked.stdout.strip() or "unknown"
+
+
+def hardware(device: str | torch.device = "cpu") -> str:
+    """What computes: the GPU's name, or the CPU threads in use and the kind of machine."""
+    kind = torch.device(device).type
+    if kind != "cpu":
+        return torch.cuda.get_device_name(device) if kind == "cuda" else kind
+    threads = torch.get_num_threads()
+    return f"{threads} CPU thread{'s' * (threads > 1)}, {platform.machine()}"
+
+
+def surroundings(config: Config) -> dict:
+    """What every result file says of how it came about."""
+    versions = {}
+    for package in ("torch", "numpy", "scipy", "pillow", "open_clip_torch"):
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            versions[package] = None
+    return {"settings": asdict(config), "hardware": hardware(config.device), "versions": versions,
+            "commit": commit()}
+
+
+def finish(config: Config, result: dict) -> None:
+    """Writes the result, and how it came about, to its file."""
+    path = Path(config.out or f"results/{config.command}.json").expanduser()
+    write_json(path, result | surroundings(config))
+    print(f"written to {path}")
+
+
+# ------------------------------------------------------------------------------- eval.py fid, clip
+
+FEW = 2048                      # pictures under which FID's bias is large
+
+
+def run_fid(config: Config) -> None:
+    """`fid A B`: the distance between two sets of pictures, each a folder or an .npz."""
+    paths = [Path(path).expanduser() for path in config.paths]
+    if len(paths) != 2 and not (len(paths) == 1 and config.save):
+        raise BadInput("fid takes two folders of pictures or .npz files, or one and --save FILE")
+    folders = [path for path in paths if path.suffix.lower() != ".npz"]
+    known = {path: Statistics.load(path) for path in paths if path not in folders}
+    name, features = "", None
+    if folders:
+        for folder in folders:
+            picture_files(folder)
+        name, features = extractor(config, of_miniature(folders[0]))
+    sets = [known.get(path) or measured(config, path, name, features) for path in paths]
+    if config.save:
+        sets[0].save(Path(config.save).expanduser())
+        print(f"statistics of {sets[0].n or 'some'} pictures in {config.save}")
+    if len(sets) == 2:
+        report_distance(config, paths, sets, features)
+
+
+def measured(config: Config, folder: Path, name: str, features: Callable) -> Statistics:
+    """The statistics of a folder's pictures."""
+    taken, total = Statistics(of=name), len(picture_files(folder))
+    with tqdm(total=total, unit="picture", desc=folder.name, leave=False) as bar:
+        for _, pictures in pictures_in(folder, config.batch, config.skip_bad):
+            taken.add(features(pictures.to(config.device)))
+            bar.update(len(pictures))
+    return taken
+
+
+def of_miniature(folder: Path) -> bool:
+    """Whether a folder's first picture has the miniature's size, 64 x 64: its own CLIP reads it."""
+    files = picture_files(folder)
+    first = next((p for p in map(read_picture, files) if p is not None), None)
+    if first is None:
+        raise BadInput(f"{folder}: none of its {len(files)} pictures can be read")
+    return first.shape[1:] == (64, 64)
+
+
+def report_distance(config: Config, paths: list[Path], sets: list[Statistics],
+                    features: Callable | None) -> None:
+    """Prints and writes the distance, by the name of the features it is a distance of."""
+    names = list(dict.fromkeys(s.of for s in sets if s.of))
+    if len(names) > 1:
+        raise BadInput(f"{paths[0]} and {paths[1]} hold features of different networks: "
+                       f"{names[0]}; {names[1]}")
+    name, value = (names or ["Fréchet distance of unnamed features"])[0], frechet(*sets)
+    counts = [f"{s.n:,}" if s.n else "an unknown number of" for s in sets]
+    print(f"{name}: {value:.4f}\nbetween {counts[0]} pictures of {paths[0]} and {counts[1]} of "
+          f"{paths[1]}")
+    for sentence in doubts(sets, name):
+        print(f"warning: {sentence}", file=sys.stderr)
+    network = features.protocol if features else "as in the .npz files"
+    finish(config, {"score": name, "value": value, "network": network,
+                    "sets": [described(p, s) for p, s in zip(paths, sets)]})
+
+
+def described(path: Path, side: Statistics) -> dict:
+    """One side of a distance, in the result file."""
+    if path.is_dir():
+        return {"folder": str(path), "pictures": side.n,
+                "left out": len(picture_files(path)) - side.n}
+    return {"file": str(path), "pictures": side.n or None, "sha256": ppdd.fingerprint(path)}
+
+
+def doubts(sets: list[Statistics], name: str) -> list[str]:
+    """Why a distance should not be trusted, in sentences."""
+    n, d = min((s.n for s in sets if s.n), default=0), sets[0].mean.size
+    said = []
+    if 0 < n < FEW and name == "FID":
+        said.append(f"FID of {n} pictures is biased upwards: take at least {FEW:,}, and compare it "
+                    "only with FIDs of as many")
+    if 0 < n <= d:
+        said.append(f"{n} pictures can't fill {d} dimensions: the covariance is singular")
+    return said
+
+
+def run_clip(config: Config) -> None:
+    """`clip DIR --prompts FILE`: the CLIP score of pictures; prompt k belongs to the k-th."""
+    if len(config.paths) != 1:
+        raise BadInput("clip takes one folder of pictures, and --prompts FILE")
+    folder = Path(config.paths[0]).expanduser()
+    prompts = prompts_of(config, picture_files(folder))
+    spec = config.clip or ("mini" if of_miniature(folder) else VIT_G)
+    clip, cosines = load_clip(spec, config.device), []
+    with tqdm(total=len(prompts), unit="picture", leave=False) as bar:
+        for paths, pictures in pictures_in(folder, config.batch, config.skip_bad):
+            cosines += clip_scores(clip, pictures, [prompts[path] for path in paths]).tolist()
+            bar.update(len(paths))
+    cosine, spread = float(np.mean(cosines)), float(np.std(cosines))
+    print(f"CLIP score ({clip.name}): {100 * cosine:.3f}, cosine {cosine:.5f} ± {spread:.5f} from "
+          f"picture to picture\nof {len(cosines):,} pictures of {folder}")
+    finish(config, {"score": f"CLIP score ({clip.name}), 100 cos", "value": 100 * cosine,
+                    "cosine": cosine, "deviation": spread, "pictures": len(cosines),
+                    "left out": len(prompts) - len(cosines), "network": clip.protocol})
+
+
+def prompts_of(config: Config, files: list[Path]) -> dict[Path, str]:
+    """Each picture's prompt, from the file of prompts, else from the picture itself."""
+    if not config.prompts:
+        prompts = {path: prompt_in(path) for path in files}
+        without = next((path for path, prompt in prompts.items() if not prompt), None)
+        if without:
+            raise BadInput(f"{without} does not say its prompt: pass --prompts FILE, one a line")
+        return prompts
+    prompts = read_prompts(config.prompts, 0, config.seed)
+    if len(prompts) != len(files):
+        raise BadInput(f"--prompts {config.prompts} has {len(prompts)} prompts, and there are "
+                       f"{len(files)} pictures: prompt k belongs to the k-th picture")
+    return dict(zip(files, prompts))
+
+
+# ------------------------------------------------------------------------------- Table 1
+
+STEPS = (8, 16, 50)
+PAPER_TABLE1 = {                # parameters in millions; "FLOPs (trillion)", which are GMACs
+    "base UNet": (859, 338.7), "teacher": (859, 677.5), "full guide": (361, 116.5),
+    "tiny guide": (8.27, 7.79)}
+
+
+class Networks(NamedTuple):
+    """All networks on the meta device, which has shapes and no numbers, and one latent's side."""
+
+    unet: UNet
+    vae: VAE
+    text: TextEncoder
+    full: ppdd.FullGuide
+    tiny: ppdd.TinyGuide
+    side: int
+
+
+def build_networks(size: str) -> Networks:
+    """Stable Diffusion 1.5 at 512 pixels, or "mini": the miniature at 64; guides as by default."""
+    unet, vae, text, side = UNetConfig(), VAEConfig(), TextConfig(), 64
+    if size == "mini":
+        base = ppdd.load_base(ppdd.MINI)
+        unet, vae, text, side = base.unet.config, base.vae.config, base.text.config, 8
+    with torch.device("meta"):
+        return Networks(UNet(unet), VAE(vae), TextEncoder(text), ppdd.FullGuide(unet),
+                        ppdd.TinyGuide(unet), side)
+
+
+class Arithmetic(NamedTuple):
+    """Multiply-accumulates of one call: of convolutions and linear layers, and of everything."""
+
+    layers: int
+    all: int
+
+
+@torch.no_grad()
+def arithmetic(call: Callable[[], object]) -> Arithmetic:
+    """Counts what a call on meta tensors would compute.
+
+    Layers are counted by a hook on every Conv2d and Linear that runs; everything, by PyTorch's own
+    counter, which sees matrix products and convolutions wherever they are, attention's as well.
+    """
+    layers = 0
+
+    def count(module: nn.Module, _, output: Tensor) -> None:
+        nonlocal layers
+        if isinstance(module, nn.Conv2d | nn.Linear):
+            layers += output.numel() * module.weight[0].numel()
+
+    hook = register_module_forward_hook(count)
+    try:
+        with FlopCounterMode(display=False) as counter, torch.device("meta"):
+            call()
+    finally:
+        hook.remove()
+    return Arithmetic(layers, counter.get_total_flops() // 2)
+
+
+def passes(nets: Networks) -> dict[str, Arithmetic]:
+    """One pass of each network for one picture, of the tiny guide in two ways of running it."""
+    z, t, g, c, emb = _inputs(nets)
+    skips, middle = nets.unet.encode(z, emb, c)
+    positions = [x[0, 0].numel() for x in (*skips, middle)]
+    calls = {
+        "base UNet": lambda: nets.unet(z, t, c),
+        "teacher": lambda: [nets.unet(z, t, c) for _ in range(2)],
+        "full guide": lambda: nets.full(g, emb, c, z, t),
+        "tiny guide, on maps": lambda: tiny_on_maps(nets.tiny, emb, c, positions),
+        "tiny guide, as computed": lambda: nets.tiny(g, emb, c),
+        "hint encoder": lambda: nets.full.hint(g, z),
+        "VAE decoder": lambda: nets.vae.decode(z),
+        "text encoder": lambda: nets.text(_ids(nets)),
+    }
+    return {name: arithmetic(call) for name, call in calls.items()}
+
+
+def tiny_on_maps(tiny: ppdd.TinyGuide, emb: Tensor, c: Tensor, positions: list[int]) -> None:
+    """Eq. 5 as convolutions over maps: of its readings, the one nearest to the paper's figure.
+
+    The timestep goes through Θ_z1 at every position of the latent, the text through Θ_z2 token by
+    token, and their sum through each Θ_z3 at every position of its injection point.
+    """
+    tiny.theta_z1(emb.expand(positions[0], -1))
+    tiny.theta_z2(c[0])
+    for theta, n in zip(tiny.theta_z3, positions):
+        theta(torch.empty(n, theta.in_features))
+
+
+def picture_cost(nets: Networks, method: str) -> dict[int, int]:
+    """MACs of one picture at 8, 16 and 50 steps, from prompt to pixels, as `ppdd.sample` computes.
+
+    method is cfg, full or tiny. What is computed once a run (the full guide's hint, the empty
+    prompt, decoding) is counted once. The cost is affine in the steps: one and two tell the rest.
+    """
+    z, *_ = _inputs(nets)
+    guide = {"full": nets.full, "tiny": nets.tiny}.get(method)
+
+    def paint(steps: int) -> None:
+        c = nets.text(_ids(nets))
+        empty = nets.text(_ids(nets)) if method == "cfg" else None
+        nets.vae.decode(ppdd.sample(nets.unet, z, c, 8.0, steps, guide, empty))
+
+    one, two = arithmetic(lambda: paint(1)).all, arithmetic(lambda: paint(2)).all
+    return {steps: one + (steps - 1) * (two - one) for steps in STEPS}
+
+
+def _inputs(nets: Networks) -> tuple[Tensor, ...]:
+    """z, t, g, c and a time embedding for one picture."""
+    base = nets.unet.config
+    shapes = ((1, base.in_channels, nets.side, nets.side), (1,), (1,),
+              (1, nets.text.config.positions, base.context_dim), (1, 4 * base.model_channels))
+    return tuple(torch.empty(shape, device="meta") for shape in shapes)
+
+
+def _ids(nets: Networks) -> Tensor:
+    return torch.empty(1, nets.text.config.positions, dtype=torch.long, device="meta")
+
+
+def run_table1(config: Config) -> None:
+    """`table1`: the paper's Table 1 beside what the modules themselves have and compute."""
+    if config.size not in ("", "mini"):
+        raise BadInput(f"--size {config.size}: table1 takes mini, or nothing for SD 1.5")
+    nets = build_networks(config.size)
+    once = passes(nets)
+    result = {
+        "of": "the miniature, 64 x 64" if config.size else "Stable Diffusion 1.5, 512 x 512",
+        "rows": table1_rows(nets, once, with_paper=not config.size),
+        "notes": table1_notes(nets, once),
+        "GMACs a picture": {method: {str(steps): macs / 1e9 for steps, macs in cost.items()}
+                            for method, cost in ((m, picture_cost(nets, m))
+                                                 for m in ("cfg", "full", "tiny"))},
+        "GMACs once a picture": {name: once[name].all / 1e9 for name in
+                                 ("VAE decoder", "text encoder", "hint encoder")},
+    }
+    print(table1_markdown(result))
+    finish(config, result)
+
+
+def table1_rows(nets: Networks, once: dict[str, Arithmetic], with_paper: bool) -> list[dict]:
+    """One row a network: parameters, GMACs, and by how many percent they are off the paper's."""
+    modules = {"base UNet": nets.unet, "teacher": nets.unet, "full guide": nets.full,
+               "tiny guide, on maps": nets.tiny, "tiny guide, as computed": nets.tiny}
+    rows = []
+    for name, module in modules.items():
+        row = {"network": name, "parameters": sum(p.numel() for p in module.parameters()),
+               "GMACs": once[name].layers / 1e9, "GMACs with attention": once[name].all / 1e9}
+        paper = PAPER_TABLE1.get(name.partition(",")[0]) if with_paper else None
+        if paper:
+            row["paper"] = {"parameters": paper[0] * 1e6, "GMACs": paper[1]}
+            row["off by %"] = {k: 100 * (row[k] / v - 1) for k, v in row["paper"].items()}
+        rows.append(row)
+    return rows
+
+
+def table1_notes(nets: Networks, once: dict[str, Arithmetic]) -> dict[str, str]:
+    """What a reader must know of a row, and why it is off the paper's by more than 0.1 %."""
+    queries = nets.tiny.query.numel()
+    plain = sum(p.numel() for p in nets.tiny.parameters()) - queries
+    tokens, positions = nets.text.config.positions, nets.side ** 2
+    return {
+        "teacher": "Two passes of the base.",
+        "full guide": f"With its hint encoder, {_giga(once['hint encoder'].all)} G, which here "
+                      "runs once a picture and not once a step.",
+        "tiny guide, on maps":
+            f"{plain:,} parameters are Eq. 5's; {queries:,} more are the queries by which the text "
+            "becomes a vector, which the paper leaves open. Its arithmetic the paper does not "
+            f"explain either. Nearest to its figure comes Θ_z1 at all {positions:,} positions of "
+            f"the latent, Θ_z2 on all {tokens} tokens and Θ_z3 at every position of its injection "
+            "point: what is counted here.",
+        "tiny guide, as computed":
+            "Eq. 5 says the same at every position, so vectors do; their addition to the features "
+            "broadcasts. The text's pooling is in the column with attention.",
+    }
+
+
+def table1_markdown(result: dict) -> str:
+    """Table 1 and the cost of pictures, in Markdown."""
+    lines = [f"Table 1: {result['of']}. GMACs of convolutions and linear layers, one pass; the "
+             "paper calls them FLOPs (trillion).", "",
+             "| | parameters | paper, M | off | GMACs | paper | off | with attention |",
+             "|---" + "|---:" * 7 + "|"]
+    for row in result["rows"]:
+        paper, off = row.get("paper"), row.get("off by %")
+        cells = [f"{row['parameters']:,}", f"{paper['parameters'] / 1e6:g}" if paper else "",
+                 f"{off['parameters']:+.2f} %" if off else "", _giga(row["GMACs"] * 1e9),
+                 f"{paper['GMACs']:g}" if paper else "", f"{off['GMACs']:+.2f} %" if off else "",
+                 _giga(row["GMACs with attention"] * 1e9)]
+        lines.append(f"| {row['network']} | {' | '.join(cells)} |")
+    lines += ["", *(f"- *{name}*: {note}" for name, note in result["notes"].items()), "",
+              "GMACs a picture, with attention, text encoder and VAE decoder; in brackets beside "
+              "CFG of as many steps.", "",
+              f"| | {' | '.join(f'{steps} steps' for steps in STEPS)} |",
+              "|---" + "|---:" * len(STEPS) + "|"]
+    pictures = result["GMACs a picture"]
+    for method, cost in pictures.items():
+        cells = [f"{_giga(cost[k] * 1e9)} ({cost[k] / pictures['cfg'][k]:.0%})" for k in cost]
+        title = {"cfg": "CFG"}.get(method, f"{method} guide")
+        lines.append(f"| {title} | {' | '.join(cells)} |")
+    said = ", ".join(f"{name} {_giga(g * 1e9)}" for name, g in
+                     result["GMACs once a picture"].items())
+    return "\n".join([*lines, "", f"Once a picture: {said} (CFG encodes two texts; only the full "
+                      "guide has a hint)."])
+
+
+def _giga(macs: float) -> str:
+    """In 10⁹, five digits, or six places where it is small."""
+    return f"{macs / 1e9:,.5g}" if macs >= 1e6 else f"{macs / 1e9:.6f}"
+
+
+# ------------------------------------------------------------------------------- ways of sampling
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+PLAIN = (("none", 50, "ddim"), ("cfg", 50, "ddim"), ("cfg", 16, "ddim"), ("cfg", 8, "ddim"),
+         ("cfg", 50, "plms"))
+GUIDES = ("full", "full-16", "full-8", "tiny", "tiny-16", "tiny-8", "tiny-8-g8")
+PICTURES = Path("runs/eval")
+JUDGED = "judge on real pictures, %"
+STAGE_ONE = 50                  # steps of a guide that was never halved, and of the teacher
+SEED_STEP = 1_000_000           # picture k of seed s starts from noise SEED_STEP · (1 + s) + k
+REAL_SEED = 7                   # of the postcards to compare with; training has others
+
+
+class Row(NamedTuple):
+    """One way of sampling: a row of Table 2."""
+
+    name: str                           # in result files and folders: cfg-50, tiny-8
+    title: str
+    kind: str                           # none, cfg, full or tiny
+    steps: int
+    sampler: str = "ddim"
+    guide: nn.Module | None = None
+    file: Path | None = None            # the guide's, and its SHA-256
+    guide_hash: str = ""
+    only_g: float | None = None         # the one g that it is made for
+
+    @property
+    def passes(self) -> tuple[int, int]:
+        """Passes of the UNet and of the guide for one picture; PLMS takes its first step twice.
+
+        The tiny guide never sees z_t: all its steps are computed at once, which is no pass.
+        """
+        n = self.steps + (self.sampler == "plms" and self.steps > 1)
+        return n * (1 + (self.kind == "cfg")), n * (self.kind == "full")
+
+    @property
+    def source(self) -> str | None:
+        """The guide's file and its hash, as results say them."""
+        return f"{os.path.relpath(self.file)}, SHA-256 {self.guide_hash}" if self.file else None
+
+
+def methods(config: Config, base: Base, guides: tuple[str, ...] = ()) -> list[Row]:
+    """Rows for a base: without guidance, CFG, and those of `guides`, else all, that are there."""
+    rows = [plain_row(*way) for way in PLAIN]
+    for name in dict.fromkeys((*(guides or GUIDES), *config.guides)):
+        try:
+            row = guide_row(config, base, name)
+            if row.name in {other.name for other in rows}:
+                raise BadInput(f"{row.file} has the name of another guide: rename the file")
+            rows.append(row)
+        except (BadInput, CheckpointError) as error:
+            if rank() == 0:
+                print(f"a row is left out: {error}")
+    return rows
+
+
+def plain_row(kind: str, steps: int, sampler: str) -> Row:
+    if kind == "none":
+        return Row(f"none-{steps}", f"no guidance, {steps} steps", kind, steps, only_g=0.0)
+    name = f"{kind}-{steps}" if sampler == "ddim" else f"{kind}-{sampler}-{steps}"
+    return Row(name, f"CFG, {sampler.upper()}, {steps} steps", kind, steps, sampler)
+
+
+def guide_row(config: Config, base: Base, name: str) -> Row:
+    """The guide of that name, or in that file, with what it says of itself."""
+    path = find_guide(base, name)
+    made, about = ppdd.read_about(path)
+    guide = ppdd.load_guide(path, base.unet.config, dtype_of(config), config.device)
+    steps, (low, high) = about.get("steps") or STAGE_ONE, about.get("g_range") or (0, 1)
+    only_g = low if low == high else None
+    title = f"{path.stem.removesuffix(f'-g{low:g}').removesuffix(f'-{steps}')} guide, {steps} steps"
+    title += "" if only_g is None else f", trained at g = {low:g} only"
+    return Row(path.stem, title, made.kind, steps, "ddim", guide, path, ppdd.fingerprint(path),
+               only_g)
+
+
+def find_guide(base: Base, name: str) -> Path:
+    """guides/BASE/NAME.safetensors; for small bases also the bundled ones, in mini/guides."""
+    if name.endswith(".safetensors"):
+        return Path(name).expanduser()
+    places = [Path("guides") / base.name / f"{name}.safetensors"]
+    if is_mini(base):
+        places.append(ppdd.MINI.parent / "guides" / f"{name}.safetensors")
+    for place in places:
+        if place.is_file():
+            return place
+    raise BadInput(f"there is no {places[0]}; train.py makes guides")
+
+
+def is_mini(base: Base) -> bool:
+    """Whether the base is the miniature or as small, and paints postcards of 64 pixels."""
+    return base.unet.config.model_channels < 256
+
+
+def paint(base: Base, row: Row, prompts: list[str], g: float, seeds: Iterable[int],
+          size: int) -> Tensor:
+    """Pictures (B, 3, size, size) uint8, on the CPU: one a prompt, from noise of its own seed."""
+    c = base.embed(prompts)                                                        # (B, L, D)
+    empty = base.embed([""]).expand_as(c) if row.kind == "cfg" else None
+    shape = (base.unet.config.in_channels, size // 8, size // 8)
+    z = ppdd.noise(seeds, shape).to(c.device)                                      # (B, Z, H, W)
+    z = ppdd.sample(base.unet, z, c, g, row.steps, row.guide, empty, row.sampler)
+    return base.decode(z).cpu()
+
+
+# ------------------------------------------------------------------------------- processes
+
+def rank() -> int:
+    """Which of torchrun's processes this is; 0 without torchrun."""
+    return int(os.environ.get("RANK", 0))
+
+
+def world() -> int:
+    """How many processes torchrun started; 1 without it."""
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+@contextmanager
+def together(config: Config) -> Iterator[Config]:
+    """Meets the other processes of torchrun, each on a GPU of its own where there are GPUs."""
+    if world() == 1:
+        yield config
+        return
+    cuda = config.device.startswith("cuda")
+    if cuda:
+        config = replace(config, device=f"cuda:{os.environ['LOCAL_RANK']}")
+        torch.cuda.set_device(config.device)
+    distributed.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(hours=12))
+    try:
+        yield config
+    finally:
+        distributed.destroy_process_group()
+
+
+def wait() -> None:
+    """Until every process has come here."""
+    if distributed.is_initialized():
+        distributed.barrier()
+
+
+# ------------------------------------------------------------------------------- cells
+
+class Cell(NamedTuple):
+    """Pictures of one row, at one g, from one seed."""
+
+    row: Row
+    g: float
+    s: int
+
+
+class Bench:
+    """A base, the pictures asked of it, and what they are measured by."""
+
+    def __init__(self, config: Config, base: Base):
+        self.config, self.base = config, base
+        self.size = picture_size(config, base)
+        self.hash = ppdd.fingerprint(base.path)
+        self.own_captions = is_mini(base) and not config.prompts
+        self.judged = self.own_captions and self.size == postcards.SIZE
+        self.style = base.name if base.name in postcards.STYLES else postcards.STYLES[0]
+        if not is_mini(base) and not config.prompts:
+            raise BadInput(f"--prompts is needed with {base.name}: a text file of prompts, or "
+                           "COCO's captions_val2014.json")
+        if not is_mini(base) and not config.real and config.command != "match":
+            raise BadInput(f"--real is needed with {base.name}: a folder of real pictures, or "
+                           "their statistics as .npz")
+
+    def first(self, s: int) -> int:
+        """The noise seed of seed s's first picture; no two seeds have one in common."""
+        return SEED_STEP * (1 + s)
+
+    def prompts(self, s: int) -> tuple[list[str], Tensor | None]:
+        """The prompts of seed s, and where they are our own what they ask for, (N, 6)."""
+        if self.own_captions:
+            return captions(self.config.count, self.first(s) - 1)
+        return self.given_prompts, None
+
+    @cached_property
+    def given_prompts(self) -> list[str]:
+        """Those of --prompts, the same for every seed."""
+        return read_prompts(self.config.prompts, self.config.count, self.config.seed)
+
+    def settings(self, cell: Cell, prompts: list[str]) -> dict:
+        """All that changes a cell's pictures."""
+        row, told = cell.row, json.dumps(prompts).encode()
+        return {"base": self.hash, "kind": row.kind, "steps": row.steps, "sampler": row.sampler,
+                "guide": row.guide_hash, "g": cell.g, "first noise seed": self.first(cell.s),
+                "prompts": hashlib.sha256(told).hexdigest(), "size": self.size,
+                "batch": self.config.batch, "dtype": str(dtype_of(self.config)),
+                "device": self.config.device.split(":")[0], "torch": torch.__version__}
+
+    def key(self, cell: Cell) -> str:
+        """A short hash of the cell's settings."""
+        told = json.dumps(self.settings(cell, self.prompts(cell.s)[0])).encode()
+        return hashlib.sha256(told).hexdigest()[:12]
+
+    def folder(self, cell: Cell) -> Path:
+        name = f"{cell.row.name}-g{cell.g:g}-seed{cell.s}"
+        return PICTURES / self.base.name / self.key(cell) / name
+
+    def paint(self, cell: Cell, progress: Callable[[int], object]) -> None:
+        """This process's share of a cell's batches, where they are not on disk yet.
+
+        Batch b always holds the same pictures, so neither a resumed run nor the number of
+        processes changes a bit of them. progress(n) is called for every batch of n pictures.
+        """
+        prompts, _ = self.prompts(cell.s)
+        folder, first, size = self.folder(cell), self.first(cell.s), self.config.batch
+        folder.mkdir(parents=True, exist_ok=True)
+        if rank() == 0:
+            write_json(folder / "cell.json", self.settings(cell, prompts))
+        for b, k in enumerate(range(0, len(prompts), size)):
+            part = range(k, min(k + size, len(prompts)))
+            files = [folder / f"{i:05d}.png" for i in part]
+            if b % world() == rank() and not all(file.exists() for file in files):
+                pictures = paint(self.base, cell.row, prompts[k:k + size], cell.g,
+                                 [first + i for i in part], self.size)
+                for file, picture in zip(files, pictures):
+                    save_png(file, to_image(picture))
+            progress(len(part))
+
+    # -- measuring
+
+    @cached_property
+    def clip(self) -> Clip:
+        """The CLIP of the CLIP score; where the distance is a CLIP-FID, the same."""
+        features = self.extractor[1]
+        if isinstance(features, Clip):
+            return features
+        return load_clip(self.config.clip or ("mini" if is_mini(self.base) else VIT_G),
+                         self.config.device)
+
+    @cached_property
+    def extractor(self) -> tuple[str, Callable[[Tensor], Tensor]]:
+        return extractor(self.config, is_mini(self.base))
+
+    @cached_property
+    def judge(self) -> nn.Module:
+        return load_judge(ppdd.MINI.parent / "judge.safetensors")
+
+    @cached_property
+    def references(self) -> Statistics:
+        """Statistics of the real pictures: those of --real, else postcards in the base's style."""
+        if self.config.real.endswith(".npz"):
+            real = Statistics.load(self.config.real)
+            if real.of not in ("", self.extractor[0]):
+                raise BadInput(f"--real {self.config.real} holds features of another network: "
+                               f"{real.of}, not {self.extractor[0]}")
+            return real
+        real, features = Statistics(of=self.extractor[0]), self.extractor[1]
+        if self.config.real:
+            found = pictures_in(self.config.real, self.config.batch, self.config.skip_bad)
+            parts = (batch for _, batch in found)
+        else:
+            parts = (batch for batch, _ in self.drawn(self.config.references))
+        for batch in parts:
+            real.add(features(batch.to(self.config.device)))
+        return real
+
+    def drawn(self, count: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Batches of real postcards, (B, 3, 64, 64) uint8, and their attributes (B, 6)."""
+        generator = torch.Generator().manual_seed(REAL_SEED)
+        attributes = postcards.sample_attributes(count, generator)
+        for part in attributes.split(200):
+            yield (postcards.draw(part, self.style, generator) * 255).round().byte(), part
+
+    def right(self, pictures: Tensor, attributes: Tensor) -> Tensor:
+        """(B, 6) whether each attribute of pictures (B, 3, 64, 64) uint8 is as asked."""
+        return self.judge.read(pictures.cpu().float() / 255) == attributes
+
+    def measured_by(self) -> dict:
+        """What the scores of this base mean."""
+        (name, features), real = self.extractor, self.references
+        said = {"distance": name, "features": features.protocol, "CLIP": self.clip.protocol,
+                "references": self.config.real or f"{real.n} postcards, style {self.style}",
+                "reference pictures": real.n or None,
+                "reference hash": hashlib.sha256(real.mean.tobytes()).hexdigest()[:12]}
+        if self.judged:
+            drawn = self.drawn(self.config.references)
+            hits = [self.right(*part).all(1).float() for part in drawn]
+            said[JUDGED] = round(100 * torch.cat(hits).mean().item(), 2)
+        return said
+
+    def score(self, cell: Cell) -> dict[str, float]:
+        """Distance to the real pictures, CLIP score and, in percent, the shares that are right."""
+        prompts, attributes = self.prompts(cell.s)
+        (name, features), painted, cosines, hits = self.extractor, Statistics(), [], []
+        for paths, batch in pictures_in(self.folder(cell), self.config.batch):
+            rows = [int(path.stem) for path in paths]
+            painted.add(features(batch.to(self.config.device)))
+            cosines.append(clip_scores(self.clip, batch, [prompts[k] for k in rows]).cpu())
+            if self.judged:
+                hits.append(self.right(batch, attributes[rows]))
+        scores = {name.split()[0]: frechet(painted, self.references),
+                  "CLIP": 100 * torch.cat(cosines).double().mean().item()}
+        if hits:
+            hit = torch.cat(hits).double()                                         # (N, 6)
+            shares = {"accuracy": hit.prod(1).mean()} | dict(zip(postcards.ATTRIBUTES, hit.mean(0)))
+            scores |= {name: 100 * share.item() for name, share in shares.items()}
+        return {name: round(score, 4) for name, score in scores.items()}
+
+
+def captions(count: int, seed: int) -> tuple[list[str], Tensor]:
+    """Fresh captions of postcards that name all six attributes, and those, (count, 6)."""
+    generator, rng = torch.Generator().manual_seed(seed), random.Random(seed)
+    attributes = postcards.sample_attributes(count, generator)
+    return [postcards.caption(a, rng, left_out=False) for a in attributes], attributes
+
+
+def picture_size(config: Config, base: Base) -> int:
+    """Side of the pictures: what was asked for, else 512, or the miniature's 64."""
+    unit = 8 * 2 ** (len(base.unet.config.channel_mult) - 1)
+    size = config.size or ("64" if is_mini(base) else "512")
+    if not size.isdecimal() or int(size) % unit or not unit <= int(size) <= 4096:
+        raise BadInput(f"--size {size}: a multiple of {unit} with {base.name}, at most 4096")
+    return int(size)
+
+
+def to_image(picture: Tensor) -> Image.Image:
+    """A picture (3, H, W) uint8 as Pillow's."""
+    return Image.fromarray(picture.permute(1, 2, 0).contiguous().numpy())
+
+
+def save_png(path: Path, image: Image.Image) -> None:
+    """A PNG, written aside and renamed."""
+    with written(path) as temporary:
+        image.save(temporary, "PNG")
+
+
+def summary(seeds: dict[str, dict]) -> dict:
+    """Mean and spread (standard deviation, n − 1) over the seeds of every score."""
+    names = [name for name in next(iter(seeds.values())) if name != "key"]
+    values = {name: [entry[name] for entry in seeds.values()] for name in names}
+    return {"mean": {name: round(statistics.fmean(v), 4) for name, v in values.items()},
+            "spread": {name: round(statistics.stdev(v), 4) if len(v) > 1 else None
+                       for name, v in values.items()}, "seeds": seeds}
+
+
+# ------------------------------------------------------------------------------- tables 2 and 3
+
+ONE_G = ("table3", "fig5", "fig6", "fig8")        # commands that take one g
+TITLES = {"table2": "Table 2: guides, CFG and their numbers of steps",
+          "table3": "Table 3: guides of the plain base, plugged into fine-tuned bases untrained",
+          "match": "Teacher match: ‖e − e_teacher‖² / ‖ε_c − e_teacher‖² in percent"}
+
+
+def table2(config: Config) -> None:
+    """Every row for one base: results/table2.json and .md."""
+    with together(config) as config:
+        base = load(config, ppdd.find_weights(config.weights))
+        tabulate(fill(config, base), methods(config, base), [base], 1)
+
+
+def table3(config: Config) -> None:
+    """The plain base's guides in fine-tuned bases, 50 steps: results/table3.json and .md."""
+    paths = styles(config)
+    with together(config) as config:
+        first = load(config, paths[0])
+        bases = (load(config, path) if k else first for k, path in enumerate(paths))
+        tabulate(fill(config, first), plugged(config, first), bases, len(paths))
+
+
+def plugged(config: Config, base: Base) -> list[Row]:
+    """No guidance, CFG and the plain base's stage-one guides, for a fine-tune of that base."""
+    plain = ppdd.find_weights(config.weights) if config.bases or config.weights else ppdd.MINI
+    rows = methods(config, replace(base, path=plain), ("full", "tiny"))
+    return [row for row in rows
+            if row.guide or (row.steps, row.sampler) == (STAGE_ONE, "ddim")]
+
+
+def styles(config: Config) -> list[Path]:
+    """The files of the fine-tuned bases: --bases, else the miniature's three styles."""
+    if config.bases:
+        return [Path(path).expanduser() for path in config.bases]
+    paths = [ppdd.MINI.parent / "styles" / f"{s}.safetensors" for s in postcards.STYLES[1:]]
+    missing = [str(path) for path in paths if not path.exists()]
+    if missing:
+        raise BadInput(f"there is no {missing[0]}: make the miniature's styles with "
+                       "`python mini/train.py --styles-only`, or pass --bases FILE ...")
+    return paths
+
+
+def load(config: Config, path: Path) -> Base:
+    return ppdd.load_base(path, dtype_of(config), config.device)
+
+
+def dtype_of(config: Config) -> torch.dtype:
+    """The base's and the guides'; auto is bf16 on CUDA, else fp32."""
+    auto = "bf16" if config.device.startswith("cuda") else "fp32"
+    return DTYPES[auto if config.dtype == "auto" else config.dtype]
+
+
+def fill(config: Config, base: Base) -> Config:
+    """The configuration with what suits in place of every 0 and every empty setting."""
+    quick, count = config.quick, config.count
+    if config.prompts and not count:
+        count = len(read_prompts(config.prompts))
+        count = min(8, count) if quick else count
+    g = (8.0,) if config.command in ONE_G else (2.0, 8.0) if quick else (2.0, 4.0, 6.0, 8.0)
+    config = replace(
+        config, g=tuple(dict.fromkeys(config.g)) or g, seeds=config.seeds or (2 if quick else 3),
+        count=count or (8 if quick else 64 if config.command == "match" else 300),
+        references=config.references or (200 if quick else 2000),
+        repeats=config.repeats or (1 if quick else 3))
+    for wrong, sentence in (
+        (not all(abs(g) <= 1000 for g in config.g), "--g: numbers; 0 is no guidance, 8 is much"),
+        (not 1 <= config.count <= SEED_STEP, f"--count {config.count}: at most {SEED_STEP}"),
+        (config.command == "match" and 0 in config.g, "--g 0 is no guidance: nothing to match"),
+        (min(config.seeds, config.references, config.repeats) < 1,
+         "--seeds, --references and --repeats are at least 1"),
+    ):
+        if wrong:
+            raise BadInput(sentence)
+    return config
+
+
+def result_file(config: Config) -> Path:
+    """Where the JSON goes; --quick never overwrites a real result."""
+    if not config.quick:
+        return Path(config.out or f"results/{config.command}.json").expanduser()
+    path = Path(config.out or PICTURES / f"{config.command}.json").expanduser()
+    return path.with_stem(f"{path.stem.removesuffix('-quick')}-quick")
+
+
+def read_result(file: Path) -> dict:
+    """What an earlier run left in a result file, or an empty result."""
+    if not file.exists():
+        return {"protocol": {}, "bases": {}}
+    try:
+        result = json.loads(file.read_text())
+        return {"protocol": result["protocol"], "bases": dict(result["bases"])}
+    except (ValueError, KeyError, TypeError) as error:
+        raise BadInput(f"{file} is no result of this command: move it away") from error
+
+
+def columns(row: Row, gs: Iterable[float]) -> list[float]:
+    """The g at which a row is measured."""
+    return [0.0] if row.kind == "none" else [g for g in gs if row.only_g in (None, g)]
+
+
+def tabulate(config: Config, rows: list[Row], bases: Iterable[Base], total: int) -> None:
+    """Paints, scores and times all rows on all bases; the result is written after every cell."""
+    file, names, shapes = result_file(config), [], set()
+    rows = [row for row in rows if columns(row, config.g)]
+    cells = [Cell(row, g, s) for row in rows for g in columns(row, config.g)
+             for s in range(config.seed, config.seed + config.seeds)]
+    with tqdm(total=total * len(cells) * config.count, unit="picture", desc=config.command,
+              disable=rank() > 0) as bar:
+        for base in bases:
+            names, shapes = [*names, base.name], shapes | {base.unet.config}
+            if len(shapes) > 1 or base.name in names[:-1]:
+                raise BadInput(f"{base.path} has another size, or the same name, as a base before "
+                               "it: give fine-tunes of one base, each with its own name")
+            bench = Bench(config, base)
+            if rank() == 0:
+                begin(bench, cells, file)
+            wait()
+            run_cells(bench, cells, file, bar)
+            if rank() == 0:
+                time_rows(bench, rows, file)
+            wait()
+    if rank() == 0:
+        result = read_result(file)
+        result["bases"] = {name: result["bases"][name] for name in names}
+        publish(file, result, table_markdown(config.command, result))
+
+
+def begin(bench: Bench, cells: list[Cell], file: Path) -> None:
+    """Enters the base into the result file, with those of its cells that are done already."""
+    result, measured = read_result(file), bench.measured_by()
+    before = result["bases"].get(bench.base.name, {})
+    kept = before["rows"] if before.get("measured by") == measured else {}
+    rows = {cell.row.name: about_row(cell.row) for cell in cells}
+    for cell in cells:
+        seeds = kept.get(cell.row.name, {}).get("cells", {}).get(f"{cell.g:g}", {}).get("seeds", {})
+        scores = seeds.get(str(cell.s), {})
+        if scores.get("key") == bench.key(cell):
+            enter(rows, cell, scores)
+    result["protocol"] = protocol(bench)
+    result["bases"][bench.base.name] = {"base hash": bench.hash, "measured by": measured,
+                                        "rows": rows}
+    write_json(file, result)
+
+
+def about_row(row: Row) -> dict:
+    unet, guide = row.passes
+    return {"title": row.title, "steps": row.steps, "UNet passes": unet, "guide passes": guide,
+            "guide": row.source, "cells": {}}
+
+
+def enter(rows: dict, cell: Cell, scores: dict) -> None:
+    """Adds one seed's scores to a base's rows."""
+    told = rows[cell.row.name]["cells"]
+    seeds = told.get(f"{cell.g:g}", {}).get("seeds", {}) | {str(cell.s): scores}
+    told[f"{cell.g:g}"] = summary(seeds)
+
+
+def run_cells(bench: Bench, cells: list[Cell], file: Path, bar: tqdm) -> None:
+    """All processes paint a cell, then the first one scores it and writes it down."""
+    result = read_result(file)
+    rows = result["bases"][bench.base.name]["rows"]
+    for cell in cells:
+        done = rows[cell.row.name]["cells"].get(f"{cell.g:g}", {}).get("seeds", {})
+        if str(cell.s) not in done:
+            bench.paint(cell, bar.update)
+            wait()
+            if rank() == 0:
+                enter(rows, cell, {"key": bench.key(cell)} | bench.score(cell))
+                write_json(file, result)
+        else:
+            bar.update(bench.config.count)
+
+
+def time_rows(bench: Bench, rows: list[Row], file: Path) -> None:
+    """Milliseconds a picture, from prompt to pixels: rounds of one batch a row, rows in turn."""
+    config, result, times = bench.config, read_result(file), {row.name: [] for row in rows}
+    prompts = bench.prompts(config.seed)[0][:config.batch]
+    for k in tqdm(range(config.repeats + 1), desc="timing", unit="round"):
+        for row in rows:
+            start, g = time.perf_counter(), columns(row, config.g)[-1]
+            shown = row if k else row._replace(steps=2)              # the first round warms up
+            paint(bench.base, shown, prompts, g, range(len(prompts)), bench.size)
+            times[row.name] += [1000 * (time.perf_counter() - start) / len(prompts)] if k else []
+    for name, rounds in times.items():
+        result["bases"][bench.base.name]["rows"][name]["milliseconds"] = {
+            "median": round(statistics.median(rounds), 2),
+            "spread": round(statistics.stdev(rounds), 2) if len(rounds) > 1 else None,
+            "rounds": [round(value, 2) for value in rounds]}
+    write_json(file, result)
+
+
+def protocol(bench: Bench) -> dict:
+    """What a reader must know to make a result again, or to set it beside another."""
+    config = bench.config
+    return {
+        "prompts": config.prompts or "fresh captions of postcards that name all six attributes",
+        "pictures a cell and seed": config.count,
+        "seeds": list(range(config.seed, config.seed + config.seeds)),
+        "noise": f"picture k of seed s starts from noise {SEED_STEP} (1 + s) + k",
+        "spread": "standard deviation over the seeds, n − 1",
+        "size": f"{bench.size} × {bench.size}, batches of {config.batch}",
+        "steps": "t_i = round(1000 i / N) − 1",
+        "milliseconds": f"a picture, from prompt to pixels; median of {config.repeats} rounds of "
+                        f"one batch of {min(config.batch, config.count)}, rows in turn",
+        "dtype": str(dtype_of(config)), "processes": world(), **surroundings(config)}
+
+
+def publish(file: Path, result: dict, markdown: str) -> None:
+    """Writes a result as JSON and, beside it, as Markdown, and prints the latter."""
+    write_json(file, result)
+    with written(file.with_suffix(".md")) as temporary:
+        temporary.write_text(markdown, encoding="utf-8")
+    print(markdown)
+
+
+def table_markdown(command: str, result: dict) -> str:
+    """A result of Table 2 or 3 as a page: the table, then its protocol."""
+    rows = [(name, row) for name, base in result["bases"].items() for row in base["rows"].values()]
+    gs = sorted({g for _, row in rows for g in row["cells"]}, key=float)
+    measured = next(iter(result["bases"].values()))["measured by"]
+    scores = [measured["distance"], "CLIP score"]
+    scores += ["accuracy in %"] * (JUDGED in measured)
+    lines = [f"# {TITLES[command]}", "", f"Cells: {' / '.join(scores)}; mean ± spread.", "",
+             f"| base | method | passes | ms | {' | '.join(f'g = {g}' for g in gs)} |",
+             "|---" * (4 + len(gs)) + "|"]
+    for name, row in rows:
+        ms, guide = row["milliseconds"], f" + {row['guide passes']} guide"
+        told = [name, row["title"], f"{row['UNet passes']}{guide * bool(row['guide passes'])}",
+                plus_minus(ms["median"], ms["spread"]),
+                *(cell_markdown(row["cells"].get(g)) for g in gs)]
+        lines.append(f"| {' | '.join(told)} |")
+    lines += ["", "Protocol:", "", *protocol_lines(result["protocol"])]
+    for item in result["bases"].items():
+        lines += base_lines(*item)
+    return "\n".join(lines) + "\n"
+
+
+def cell_markdown(cell: dict | None) -> str:
+    """Distance / CLIP score / accuracy of one cell, and nothing where none was measured."""
+    names = [name for name in cell["mean"] if name not in postcards.ATTRIBUTES] if cell else ()
+    return " / ".join(plus_minus(cell["mean"][name], cell["spread"][name]) for name in names)
+
+
+def plus_minus(middle: float, spread: float | None) -> str:
+    return f"{middle:.2f}" + (f" ± {spread:.2f}" if spread is not None else "")
+
+
+def protocol_lines(protocol: dict) -> list[str]:
+    """A protocol as a list in Markdown; of the packages' versions torch's alone."""
+    told = protocol | {"torch": protocol["versions"]["torch"]}
+    return [f"- {name}: {value}" for name, value in told.items() if not isinstance(value, dict)]
+
+
+def base_lines(name: str, base: dict) -> list[str]:
+    """A base's hash, what it was measured by, and its guides, as a list in Markdown."""
+    told = {"SHA-256": base["base hash"]} | base["measured by"]
+    lines = [f"- {what}: {value}" for what, value in told.items() if not isinstance(value, dict)]
+    lines += [f"- {what}: {', '.join(f'{k} {v}' for k, v in told[what].items())}"
+              for what in ("features", "CLIP")]
+    lines += [f"- {row}: {told['guide']}" for row, told in base["rows"].items() if told["guide"]]
+    return ["", f"Base {name}:", "", *lines]
+
+
+# ------------------------------------------------------------------------------- teacher match
+
+BINS = 10                       # of t
+SOURCES = ("noised real pictures", "CFG's own trajectories")
+
+
+def match(config: Config) -> None:
+    """How much of the CFG correction each stage-one guide leaves unexplained, by g and by t.
+
+    Measured on noised pictures, as in training, and on the states that CFG visits in sampling.
+    """
+    base = load(config, ppdd.find_weights(config.weights))
+    config = fill(config, base)
+    guides = [row for row in methods(config, base) if row.guide and row.steps == STAGE_ONE]
+    if not guides:
+        raise BadInput(f"there is no stage-one guide for {base.name}: train one with train.py")
+    bench = Bench(config, base)
+    sources = SOURCES if bench.own_captions else SOURCES[1:]
+    sums = torch.zeros(len(guides), len(sources), len(config.g), BINS, 2, dtype=torch.float64)
+    with tqdm(total=len(sources) * len(config.g) * config.count, unit="picture",
+              desc="match") as bar:
+        for k in range(0, config.count, config.batch):
+            for i, g in enumerate(config.g):
+                for j, source in enumerate(sources):
+                    sums[:, j, i] += unexplained(bench, guides, source, k, g)
+                    bar.update(min(config.batch, config.count - k))
+    result = {"protocol": match_protocol(bench), "guides": {
+        row.name: {"guide": row.source} | {
+            source: match_shares(config, sums[r, j]) for j, source in enumerate(sources)}
+        for r, row in enumerate(guides)}}
+    publish(result_file(config), result, match_markdown(result))
+
+
+@torch.no_grad()
+def unexplained(bench: Bench, guides: list[Row], source: str, k: int, g: float) -> Tensor:
+    """Sums of ‖e − e_teacher‖² and ‖ε_c − e_teacher‖², (guides, BINS, 2), of a batch from k on."""
+    config, base = bench.config, bench.base
+    prompts, attributes = bench.prompts(config.seed)
+    rows = slice(k, k + config.batch)
+    c = base.embed(prompts[rows])                                                  # (B, L, D)
+    empty, seed = base.embed([""]).expand_as(c), bench.first(config.seed) + k
+    grid = ppdd.step_grid(10 if config.quick else STAGE_ONE)
+    states = (noised(bench, attributes[rows], grid, seed) if source == SOURCES[0] else
+              visited(bench, c, empty, g, grid, seed))
+    sums, guidance = torch.zeros(len(guides), BINS, 2), c.new_full((len(c),), g, dtype=torch.float)
+    for t, z in zip(grid, states):
+        times = torch.full((len(c),), t, device=c.device)
+        for r, row in enumerate(guides):
+            told = ppdd.cfg_distillation(base.unet, row.guide, z.to(c), times, c, empty, guidance)
+            sums[r, t * BINS // ppdd.TIMESTEPS] += torch.stack(
+                [told.error.sum(), told.correction.sum()]).cpu()
+    return sums
+
+
+def noised(bench: Bench, attributes: Tensor, grid: list[int], seed: int) -> list[Tensor]:
+    """Real postcards of these attributes, noised to every t of the grid: z_t (B, Z, H, W) each."""
+    base, device = bench.base, bench.config.device
+    generator = torch.Generator().manual_seed(seed)
+    pictures = postcards.draw(attributes, bench.style, generator).to(device)
+    moments = base.vae.encode((pictures * 2 - 1).to(next(base.vae.parameters()).dtype)).float()
+    shape = (len(grid), len(moments), moments.shape[1] // 2, *moments.shape[2:])
+    noise = torch.randn(shape, generator=generator).to(device)
+    x = base.vae.sample(moments, noise[-1])
+    return [ppdd.add_noise(x, eps, torch.full((len(x),), t, device=device))
+            for t, eps in zip(grid[:-1], noise)]
+
+
+def visited(bench: Bench, c: Tensor, empty: Tensor, g: float, grid: list[int],
+            seed: int) -> list[Tensor]:
+    """The z_t (B, Z, H, W) that CFG meets at every t of the grid, from noise on."""
+    unet, dtype, states = bench.base.unet, c.dtype, []
+    shape = (unet.config.in_channels, bench.size // 8, bench.size // 8)
+
+    def predict(z: Tensor, i: int) -> Tensor:
+        states.append(z)
+        t, z = torch.full((len(z),), grid[i], device=z.device), z.to(dtype)
+        return ppdd.cfg(unet(z, t, c).float(), unet(z, t, empty).float(), g)
+
+    ppdd.ddim(predict, ppdd.noise(range(seed, seed + len(c)), shape).to(c.device), grid)
+    return states
+
+
+def match_shares(config: Config, sums: Tensor) -> dict:
+    """The shares in percent, of sums (G, BINS, 2): of all, by g and by t."""
+    def share(part: Tensor) -> float:
+        return round(100 * (part[..., 0].sum() / part[..., 1].sum()).item(), 2)
+
+    width = ppdd.TIMESTEPS // BINS
+    return {"all": share(sums),
+            "by g": {f"{g:g}": share(part) for g, part in zip(config.g, sums)},
+            "by t": {f"{b * width}–{(b + 1) * width - 1}": share(sums[:, b]) for b in range(BINS)}}
+
+
+def match_protocol(bench: Bench) -> dict:
+    """How the teacher match was measured."""
+    steps = 10 if bench.config.quick else STAGE_ONE
+    return {"base": bench.base.name, "base hash": bench.hash, "pictures": bench.config.count,
+            "prompts": bench.config.prompts or "fresh captions of postcards, as in Table 2",
+            "dtype": str(dtype_of(bench.config)), "t": f"those of a run of {steps} steps",
+            "noise": f"seeds from {bench.first(bench.config.seed)}",
+            **surroundings(bench.config)}
+
+
+def match_markdown(result: dict) -> str:
+    """A table by g, one by t, and the protocol."""
+    lines = [f"# {TITLES['match']}", "", "100 is no guide at all, 0 a perfect one."]
+    for by in ("by g", "by t"):
+        shares = {(name, source): told[source] for name, told in result["guides"].items()
+                  for source in SOURCES if source in told}
+        heads = list(next(iter(shares.values()))[by])
+        unit = "g = " if by == "by g" else "t = "
+        lines += ["", f"| guide | on | all | {' | '.join(unit + head for head in heads)} |",
+                  "|---" * (3 + len(heads)) + "|"]
+        lines += [f"| {name} | {source} | {told['all']} | "
+                  f"{' | '.join(str(told[by][head]) for head in heads)} |"
+                  for (name, source), told in shares.items()]
+    told = protocol_lines(result["protocol"])
+    told += [f"- {name}: {guide['guide']}" for name, guide in result["guides"].items()]
+    return "\n".join([*lines, "", *told]) + "\n"
+
+
+# ------------------------------------------------------------------------------- figures
+
+MINI_EXAMPLES = ("a big red boat on the sea at sunset, in the middle",
+                 "a small white house in the snow at night, on the left",
+                 "a big orange balloon in a meadow in the morning, in the middle",
+                 "a small blue car in the city at noon, on the right",
+                 "a big purple rocket in the desert at night, on the left")
+SD_EXAMPLES = ("a photograph of an astronaut riding a horse",
+               "a lighthouse on a cliff at sunset, oil painting",
+               "a red fox in the snow, soft morning light",
+               "a wooden cabin by a mountain lake, watercolor")
+
+
+def grid(headings: list[str], labels: list[str], pictures: list[list[Image.Image | None]],
+         terms: str, side: int = 192) -> Image.Image:
+    """A white sheet: headings above, labels to the left of the rows, a note of terms below.
+
+    A heading's first line is in black, its others in grey. Pictures are brought to `side` pixels
+    or more, every pixel a square; None leaves a narrow gap.
+    """
+    shown = [[p and enlarged(p, side) for p in row] for row in pictures]
+    width, height = next(p.size for row in shown for p in row if p)
+    unit = max(width / 192, 1.0)
+    gap, small, title = round(8 * unit), *map(ImageFont.load_default, (13 * unit, 17 * unit))
+    lefts, x = [], round(150 * unit)
+    for k in range(len(headings)):
+        lefts.append(x)
+        x += gap + (width if any(row[k] for row in shown) else gap)
+    wide = max(8, round(width / (6.6 * unit)))
+    heads = [wrapped(head, wide) for head in headings]
+    top = round((24 + 18 * max(head.count("\n") + 1 for head in heads)) * unit)
+    note = textwrap.fill(terms, round(x / (6.4 * unit)))
+    bottom = round((26 + 18 * (note.count("\n") + 1)) * unit)
+    sheet = Image.new("RGB", (x + gap, top + len(shown) * (height + gap) + bottom), "white")
+    draw = ImageDraw.Draw(sheet)
+    for left, head in zip(lefts, heads):
+        first, _, rest = head.partition("\n")
+        draw.text((left + width / 2, 20 * unit), first, "#111", title, anchor="mm")
+        draw.multiline_text((left + width / 2, 34 * unit), rest, "#777", small, anchor="ma",
+                            align="center")
+    for k, (label, row) in enumerate(zip(labels, shown)):
+        y = top + k * (height + gap)
+        draw.text((2 * gap, y + height / 2), wrapped(label, 18), "#555", small, anchor="lm")
+        for left, picture in zip(lefts, row):
+            if picture:
+                sheet.paste(picture, (left, y))
+    draw.text((2 * gap, sheet.height - bottom + 10 * unit), note, "#777", small)
+    return sheet
+
+
+def wrapped(text: str, width: int) -> str:
+    return "\n".join(textwrap.fill(line, width) for line in text.split("\n"))
+
+
+def enlarged(image: Image.Image, side: int) -> Image.Image:
+    """The picture with every pixel a square, so that it is at least so wide."""
+    times = math.ceil(side / image.width)
+    return image.resize((times * image.width, times * image.height), Image.Resampling.NEAREST)
+
+
+def stage(config: Config) -> tuple[Config, Base, list[str], int]:
+    """What every figure starts from: the settings, the base, the prompts, the pictures' side."""
+    base = load(config, ppdd.find_weights(config.weights))
+    prompts = list(config.prompt or (MINI_EXAMPLES if is_mini(base) else SD_EXAMPLES))
+    return fill(config, base), base, prompts, picture_size(config, base)
+
+
+def column(config: Config, base: Base, row: Row, prompts: list[str], size: int
+           ) -> list[Image.Image]:
+    """What a row makes of every prompt, prompt k from noise seed + k, at the last g."""
+    seeds = range(config.seed, config.seed + len(prompts))
+    return [to_image(p) for p in paint(base, row, prompts, config.g[-1], seeds, size)]
+
+
+def heading(row: Row) -> str:
+    """A row's title over two lines, and its passes."""
+    unet, guide = row.passes
+    name, _, rest = row.title.partition(", ")
+    return f"{name}\n{rest}\n{unet} UNet" + f" + {guide} guide" * bool(guide) + " passes"
+
+
+def guided(rows: list[Row], base: Base) -> list[Row]:
+    """The rows with a guide; raises BadInput where there is none."""
+    found = [row for row in rows if row.guide]
+    if not found:
+        raise BadInput(f"there is no guide for {base.name}: train one with train.py")
+    return found
+
+
+def show(config: Config, sheet: Image.Image) -> None:
+    path = Path(config.out or f"docs/{config.command}.png").expanduser()
+    save_png(path, sheet)
+    print(f"{path}: {sheet.width} × {sheet.height}")
+
+
+def fig5(config: Config) -> None:
+    """Fig. 5: the guides at 50, 16 and 8 steps, and the tiny one that was trained at one g."""
+    beside(config, lambda config, base: guided(methods(config, base), base),
+           "Fewer steps come from halving: one step learns what two did.")
+
+
+def fig6(config: Config) -> None:
+    """Fig. 6: the guides beside CFG, from the same noise."""
+    beside(config, lambda config, base: plugged(replace(config, weights=str(base.path)), base),
+           "CFG runs the UNet twice a step, with the prompt and without; a guide, told g, adds to "
+           "one pass what the other would have brought.")
+
+
+def beside(config: Config, choose: Callable[[Config, Base], list[Row]], terms: str) -> None:
+    """A sheet with a column a way of sampling and a row a prompt."""
+    config, base, prompts, size = stage(config)
+    rows = choose(config, base)
+    guided(rows, base)
+    rows = [row for row in rows if columns(row, config.g[-1:])]
+    pictures = [column(config, base, row, prompts, size) for row in rows]
+    terms = (f"g = {config.g[-1]:g} (guidance scale {1 + config.g[-1]:g} elsewhere), DDIM, the "
+             f"same noise along a row. {terms}")
+    show(config, grid([heading(row) for row in rows], prompts, list(zip(*pictures)), terms))
+
+
+def fig8(config: Config) -> None:
+    """Fig. 8: the plain base's guides in fine-tuned bases, beside those bases' own CFG."""
+    labels, pictures = [], []
+    for path in styles(config):
+        told, base, prompts, size = stage(replace(config, weights=str(path)))
+        rows = [row for row in plugged(config, base) if row.kind != "none"]
+        guided(rows, base)
+        for row in rows:
+            labels.append(f"{base.name}\n{heading(row)}")
+            pictures.append(column(told, base, row, prompts, size))
+    terms = (f"g = {told.g[-1]:g}, DDIM, the same noise down a column. The guides were trained on "
+             "the plain base only, and are plugged into the fine-tuned ones as they are.")
+    show(config, grid([f"\n{prompt}" for prompt in prompts], labels, pictures, terms))
+
+
+# -- what a guide injects
+
+def fig7(config: Config) -> None:
+    """Fig. 7: what the stage-one guides add to the decoder, over steps and g."""
+    config, base, prompts, size = stage(config)
+    rows = [row for row in guided(methods(config, base), base) if row.steps == STAGE_ONE]
+    sheets = [full_sheet(config, base, row, prompts[0], size) if row.kind == "full" else
+              tiny_sheet(base, row, prompts) for row in rows]
+    whole = Image.new("RGB", (max(s.width for s in sheets), sum(s.height for s in sheets)), "white")
+    y = 0
+    for sheet in sheets:
+        whole.paste(sheet, (0, y))
+        y += sheet.height
+    show(config, whole)
+
+
+def injected(base: Base, row: Row, prompt: str, g: float, seed: int, size: int
+             ) -> list[list[Tensor]]:
+    """What a full guide adds, mean over channels, (H, W): by step, then by injection point."""
+    maps: list[list[Tensor]] = []
+
+    def keep(module: nn.Module, given: tuple, y: list[Tensor]) -> None:
+        maps.append([feature[0].float().mean(0).cpu() for feature in y])
+
+    hook = row.guide.register_forward_hook(keep)
+    try:
+        paint(base, row, [prompt], g, [seed], size)
+    finally:
+        hook.remove()
+    return maps
+
+
+def full_sheet(config: Config, base: Base, row: Row, prompt: str, size: int) -> Image.Image:
+    """Feature maps of a full guide: a row an injection point, columns the steps, by g."""
+    times, points = ppdd.step_grid(row.steps), point_names(base)
+    shown = [round(k * (row.steps - 1) / 5) for k in range(6)]
+    maps = {g: injected(base, row, prompt, g, config.seed, size) for g in config.g}
+    side = size // 8 * math.ceil(72 / (size // 8))           # a multiple of every map's side
+    headings, lines = [], [[] for _ in points]
+    for g in config.g:
+        headings += ["", *(f"{f'g = {g:g}' if k == 0 else ''}\nt = {times[i]}"
+                          for k, i in enumerate(shown))]
+        for p, line in enumerate(lines):
+            peak = max(step[p].abs().max() for of_g in maps.values() for step in of_g)
+            tints = [tinted(maps[g][i][p] / peak.clamp(min=1e-12)) for i in shown]
+            line += [None, *(t.resize((side, side), Image.Resampling.NEAREST) for t in tints)]
+    terms = (f"What the {row.title.partition(',')[0]} adds at each place of the UNet's decoder "
+             f"while it paints “{prompt}” in {row.steps} steps: mean over channels, each row of "
+             "maps divided by its largest absolute value. White is 0, red positive, blue negative. "
+             "A skip is what one block of the encoder hands to the decoder.")
+    return grid(headings, points, lines, terms, side)
+
+
+@torch.no_grad()
+def tiny_sheet(base: Base, row: Row, prompts: list[str]) -> Image.Image:
+    """Norms ‖y‖ of a tiny guide's vectors over t and g, a heat map an injection point."""
+    c = base.embed(prompts)
+    gs, times = torch.linspace(9, 2, 36), ppdd.step_grid(STAGE_ONE)[:-1]
+    emb = base.unet.embed_time(torch.tensor(times, device=c.device))
+    norms = torch.stack([torch.stack([vectors(row.guide, g, emb, state) for state in c]).mean(0)
+                         for g in gs.tolist()], dim=1)                           # (P, G, T)
+    peaks = norms.amax((1, 2)).clamp(min=1e-12)
+    headings = [f"{name}\nlargest norm {peak:.3g}" for name, peak in zip(point_names(base), peaks)]
+    name = row.title.partition(",")[0]
+    terms = (f"What the {name} adds is the same at every pixel: one vector. Its norm over the "
+             f"timestep t and g, mean of {len(prompts)} prompts, each map divided by its largest "
+             "norm: white is 0, the darkest red that norm.")
+    pictures = [tinted(part / peak) for part, peak in zip(norms, peaks)]
+    axes = f"{name}\n\nupwards: g from 2 to 9\nto the right: t from 999 down to 0"
+    return grid(headings, [axes], [pictures], terms, 200)
+
+
+def vectors(guide: nn.Module, g: float, emb: Tensor, c: Tensor) -> Tensor:
+    """Norms (P, T) of what a tiny guide adds at P points, for T time embeddings and a prompt."""
+    n = len(emb)
+    y = guide(emb.new_full((n,), g, dtype=torch.float), emb, c.expand(n, -1, -1))
+    return torch.stack([layer.float().flatten(1).norm(dim=1) for layer in y]).cpu()
+
+
+def point_names(base: Base) -> list[str]:
+    """The injection points, in the order of a guide's y."""
+    *skips, middle = injection_channels(base.unet.config)
+    names = [f"skip {k}\n{n} channels" for k, n in enumerate(skips)]
+    return [*names, f"middle\n{middle} channels"]
+
+
+def tinted(values: Tensor) -> Image.Image:
+    """A map (H, W) in −1 … 1: white at 0, through red to dark red, through blue to dark blue."""
+    ramp = torch.tensor([[8., 28, 88], [70, 120, 200], [255, 255, 255], [222, 84, 56], [92, 8, 18]])
+    place = 2 * (values.clamp(-1, 1) + 1)                                          # 0 … 4
+    low = place.floor().clamp(max=3).long()
+    color = torch.lerp(ramp[low], ramp[low + 1], (place - low)[..., None])         # (H, W, 3)
+    return Image.fromarray(color.round().byte().numpy())
+
+
+# -- quality against time
+
+def quality(config: Config) -> None:
+    """Distance and accuracy over milliseconds a picture, from Table 2's result, as a chart."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise BadInput("this chart needs a package that is missing: pip install matplotlib"
+                       ) from None
+    file = result_file(replace(config, command="table2", out=""))
+    if not file.exists():
+        raise BadInput(f"there is no {file}: make it with `python eval.py table2`")
+    name, base = next(iter(read_result(file)["bases"].items()))
+    rows = [row for row in base["rows"].values() if "milliseconds" in row]
+    if not rows:
+        raise BadInput(f"{file} is not finished: run `python eval.py table2` again")
+    g = max((g for row in rows for g in row["cells"]), key=float)
+    distance = base["measured by"]["distance"]
+    scores = {distance.split()[0]: f"{distance}, lower is better"}
+    if JUDGED in base["measured by"]:
+        scores["accuracy"] = "pictures with every attribute as asked, in %"
+    figure = Figure(figsize=(6.4 * len(scores), 5.6), layout="constrained")
+    panels = figure.subplots(1, len(scores), squeeze=False)[0]
+    for axes, (score, said) in zip(panels, scores.items()):
+        draw_curves(axes, rows, score, g)
+        axes.set(xscale="log", xlabel="milliseconds a picture, from prompt to pixels", ylabel=said)
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.xaxis.set_minor_formatter("{x:g}")
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
+    figure.suptitle(f"{name}, g = {g}: quality over time. Beside each point its number of steps; "
+                    "bars: standard deviation over seeds", fontsize=10)
+    path = Path(config.out or "docs/quality.png").expanduser()
+    with written(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=130)
+    print(path)
+
+
+def draw_curves(axes, rows: list[dict], score: str, g: str) -> None:
+    """A curve a method, through its numbers of steps, at g; no guidance is at g = 0."""
+    curves: dict[str, list[dict]] = {}
+    for row in rows:
+        if {g, "0"} & row["cells"].keys():
+            method = row["title"].replace(f", {row['steps']} steps", "")
+            curves.setdefault(method, []).append(row)
+    for k, (method, points) in enumerate(curves.items()):
+        points = sorted(points, key=lambda row: row["milliseconds"]["median"])
+        cells = [row["cells"].get(g) or row["cells"]["0"] for row in points]
+        x, y = [row["milliseconds"]["median"] for row in points], [c["mean"][score] for c in cells]
+        axes.errorbar(x, y, [c["spread"][score] or 0 for c in cells], fmt="osD^vP*X"[k % 8] + "-",
+                      capsize=3, label=method)
+        for row, at in zip(points, zip(x, y)):
+            axes.annotate(row["steps"], at, (5, 5), textcoords="offset points", fontsize=8)
+
+
+# ------------------------------------------------------------------------------- command line
+
+COMMANDS = {"fid": run_fid, "clip": run_clip, "table1": run_table1, "table2": table2,
+            "table3": table3, "match": match, "fig5": fig5, "fig6": fig6, "fig7": fig7,
+            "fig8": fig8, "quality": quality}
+
+
+class Parser(argparse.ArgumentParser):
+    """Answers bad input with one sentence, without its usage."""
+
+    def error(self, message: str) -> None:
+        self.exit(2, f"{self.prog}: {message}\n")
+
+
+def command_line() -> Parser:
+    """The command and its paths, and one flag for every other field of `Config`."""
+    parser = Parser(prog="eval.py", description=__doc__.splitlines()[0])
+    command, paths, *flags = fields(Config)
+    parser.add_argument(command.name, choices=tuple(COMMANDS), **command.metadata)
+    parser.add_argument(paths.name, nargs="*", **paths.metadata)
+    for f in flags:
+        flag, more = "--" + f.name.replace("_", "-"), dict(f.metadata)
+        if isinstance(f.default, bool):
+            parser.add_argument(flag, action="store_true", **more)
+        elif isinstance(f.default, tuple):
+            parser.add_argument(flag, nargs="+", action="extend", default=[], **more)
+        else:
+            more["help"] += " (%(default)s)" if f.default != "" else ""
+            parser.add_argument(flag, type=type(f.default), default=f.default, **more)
+    return parser
+
+
+def settle(config: Config) -> Config:
+    """The configuration with its device decided. Raises BadInput for what no command can use."""
+    device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    there = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": torch.backends.mps.is_available()}
+    try:
+        asked = torch.device(device)
+    except RuntimeError:
+        raise BadInput(f"--device {device}: cpu, cuda or cuda:1, for example") from None
+    for wrong, sentence in (
+        ((asked.index or 0) >= there.get(asked.type, 0),
+         f"--device {device}: there is none here; leave it out, or pass cpu"),
+        (not 1 <= config.batch <= 4096, f"--batch {config.batch}: from 1 to 4096"),
+        (not 0 <= config.seed < 2**31, f"--seed {config.seed}: from 0 to {2**31 - 1}"),
+        (config.count < 0, f"--count {config.count}: a number of pictures, or 0 for all"),
+        (config.paths and config.command not in ("fid", "clip"),
+         f"{config.command} takes no paths, and got {' '.join(config.paths)}"),
+    ):
+        if wrong:
+            raise BadInput(sentence)
+    return replace(config, device=device)
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = command_line()
+    given = {k: tuple(v) if isinstance(v, list) else v
+             for k, v in vars(parser.parse_intermixed_args(argv)).items()}
+    try:
+        config = settle(Config(**given))
+        COMMANDS[config.command](config)
+    except KeyboardInterrupt:
+        parser.exit(130, "stopped\n")
+    except torch.cuda.OutOfMemoryError:
+        parser.error(f"out of GPU memory: pass --batch below {given['batch']}")
+    except OSError as error:
+        named = error.filename2 or error.filename or "a file"
+        parser.error(f"{named}: {error.strerror or error}")
+    except (BadInput, CheckpointError, ImportError) as error:
+        parser.error(str(error))
+
+
+if __name__ == "__main__":
+    main()
