@@ -1016,7 +1016,7 @@ GUIDES = ("full", "full-16", "full-8", "tiny", "tiny-16", "tiny-8", "tiny-8-g8")
 PICTURES = Path("runs/eval")
 JUDGED = "judge on real pictures, %"
 STAGE_ONE = 50                  # steps of a guide that was never halved, and of the teacher
-SEED_STEP = 1_000_000           # picture k of seed s starts from noise SEED_STEP · (1 + s) + k
+FIRST, SEED_STEP = 10**9, 10**6 # picture k of seed s starts from noise FIRST + SEED_STEP · s + k
 REAL_SEED = 7                   # of the postcards to compare with; training has others
 
 
@@ -1176,7 +1176,7 @@ class Bench:
 
     def first(self, s: int) -> int:
         """The noise seed of seed s's first picture; no two seeds have one in common."""
-        return SEED_STEP * (1 + s)
+        return FIRST + SEED_STEP * s
 
     def prompts(self, s: int) -> tuple[list[str], Tensor | None]:
         """The prompts of seed s, and where they are our own what they ask for, (N, 6)."""
@@ -1216,8 +1216,9 @@ class Bench:
         prompts, _ = self.prompts(cell.s)
         folder, first, size = self.folder(cell), self.first(cell.s), self.config.batch
         folder.mkdir(parents=True, exist_ok=True)
-        if rank() == 0:
-            write_json(folder / "cell.json", self.settings(cell, prompts))
+        if rank() == 0 and not (folder / "cell.json").exists():
+            write_json(folder / "cell.json", self.settings(cell, prompts) | {
+                "commit": commit(), "hardware": hardware(self.config.device)})
         for b, k in enumerate(range(0, len(prompts), size)):
             part = range(k, min(k + size, len(prompts)))
             files = [folder / f"{i:05d}.png" for i in part]
@@ -1338,7 +1339,8 @@ def save_png(path: Path, image: Image.Image) -> None:
 
 def summary(seeds: dict[str, dict]) -> dict:
     """Mean and spread (standard deviation, n − 1) over the seeds of every score."""
-    names = [name for name in next(iter(seeds.values())) if name != "key"]
+    names = [name for name, value in next(iter(seeds.values())).items()
+             if not isinstance(value, str)]
     values = {name: [entry[name] for entry in seeds.values()] for name in names}
     return {"mean": {name: round(statistics.fmean(v), 4) for name, v in values.items()},
             "spread": {name: round(statistics.stdev(v), 4) if len(v) > 1 else None
@@ -1514,7 +1516,9 @@ def run_cells(bench: Bench, cells: list[Cell], file: Path, bar: tqdm) -> None:
             bench.paint(cell, bar.update)
             wait()
             if rank() == 0:
-                enter(rows, cell, {"key": bench.key(cell)} | bench.score(cell))
+                painted = json.loads((bench.folder(cell) / "cell.json").read_text("utf-8"))
+                about = {"key": bench.key(cell), "painted at": painted["commit"]}
+                enter(rows, cell, about | bench.score(cell))
                 write_json(file, result)
         else:
             bar.update(bench.config.count)
@@ -1545,7 +1549,7 @@ def protocol(bench: Bench) -> dict:
         "prompts": config.prompts or "fresh captions of postcards that name all six attributes",
         "pictures a cell and seed": config.count,
         "seeds": list(range(config.seed, config.seed + config.seeds)),
-        "noise": f"picture k of seed s starts from noise {SEED_STEP} (1 + s) + k",
+        "noise": f"picture k of seed s starts from noise {FIRST} + {SEED_STEP} s + k",
         "spread": "standard deviation over the seeds, n − 1",
         "size": f"{bench.size} × {bench.size}, batches of {config.batch}",
         "steps": "t_i = round(1000 i / N) − 1",
