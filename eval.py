@@ -11,7 +11,8 @@
 
 Each writes its result, with its protocol, to a JSON or PNG file. The distance is FID where
 pytorch-fid's Inception weights are found; else it is the same distance between features of a CLIP
-and is called CLIP-FID, which is never to be set beside an FID. Of the miniature it is always that.
+and is called CLIP-FID, which is never to be set beside an FID. Of the miniature it is that as well,
+unless --inception asks for FID.
 
 Shapes: B pictures, H and W their sides, d features of one, L tokens.
 """
@@ -414,7 +415,7 @@ def _load_open_clip(open_clip, spec: str) -> Clip:
     try:
         file = Path(open_clip.download_pretrained(known)) if known else file
         # OpenAI's models were trained with the quick GELU, which a file of weights can't say
-        quick = known.get("quick_gelu", False) or "openai" in weights.lower()
+        quick = known.get("quick_gelu", False) or "openai" in Path(weights).name.lower()
         model, _, preprocess = open_clip.create_model_and_transforms(
             name, pretrained=weights if known else str(file), force_quick_gelu=quick,
             weights_only=True)
@@ -441,14 +442,20 @@ def clip_scores(clip: Clip, pictures: Tensor, texts: list[str]) -> Tensor:
     return (clip.images(pictures) * clip.texts(texts)).sum(1)
 
 
+def identity(name: str, features: Callable) -> str:
+    """The name of a distance and of the very weights that its features come from."""
+    return f"{name}, weights {features.protocol['sha256'][:8]}"
+
+
 def extractor(config: Config, base_is_mini: bool) -> tuple[str, Callable[[Tensor], Tensor]]:
     """What the distance is called, and the network whose features it compares.
 
-    FID where Inception's weights are given or found; else CLIP-FID, named with its CLIP. For the
-    command `fid`, --clip alone asks for CLIP-FID. The network's `protocol` says what it is.
+    FID where Inception's weights are given, or, but for the miniature, found; else CLIP-FID, named
+    with its CLIP. For the command `fid`, --clip alone asks for CLIP-FID. The network's `protocol`
+    says what it is.
     """
-    asked = base_is_mini or config.command == "fid" and config.clip
-    path = None if asked and not config.inception else find_inception(config.inception)
+    clip_asked = base_is_mini or (config.command == "fid" and config.clip)
+    path = None if clip_asked and not config.inception else find_inception(config.inception)
     if path:
         return "FID", load_inception(path, config.device)
     try:
@@ -695,7 +702,8 @@ def run_fid(config: Config) -> None:
     if folders:
         for folder in folders:
             picture_files(folder)
-        name, features = extractor(config, of_miniature(folders[0]))
+        mini = of_miniature(folders[0]) and not find_inception(config.inception)
+        name, features = extractor(config, mini)
     sets = [known.get(path) or measured(config, path, name, features) for path in paths]
     if config.save:
         sets[0].save(Path(config.save).expanduser())
@@ -706,7 +714,7 @@ def run_fid(config: Config) -> None:
 
 def measured(config: Config, folder: Path, name: str, features: Callable) -> Statistics:
     """The statistics of a folder's pictures."""
-    taken, total = Statistics(of=name), len(picture_files(folder))
+    taken, total = Statistics(of=identity(name, features)), len(picture_files(folder))
     with tqdm(total=total, unit="picture", desc=folder.name, leave=False) as bar:
         for _, pictures in pictures_in(folder, config.batch, config.skip_bad):
             taken.add(features(pictures.to(config.device)))
@@ -730,7 +738,8 @@ def report_distance(config: Config, paths: list[Path], sets: list[Statistics],
     if len(names) > 1:
         raise BadInput(f"{paths[0]} and {paths[1]} hold features of different networks: "
                        f"{names[0]}; {names[1]}")
-    name, value = (names or ["Fréchet distance of unnamed features"])[0], frechet(*sets)
+    name = (names or ["Fréchet distance of unnamed features"])[0].partition(", weights")[0]
+    value = frechet(*sets)
     counts = [f"{s.n:,}" if s.n else "an unknown number of" for s in sets]
     print(f"{name}: {value:.4f}\nbetween {counts[0]} pictures of {paths[0]} and {counts[1]} of "
           f"{paths[1]}")
@@ -773,7 +782,7 @@ def run_clip(config: Config) -> None:
         for paths, pictures in pictures_in(folder, config.batch, config.skip_bad):
             cosines += clip_scores(clip, pictures, [prompts[path] for path in paths]).tolist()
             bar.update(len(paths))
-    cosine, spread = float(np.mean(cosines)), float(np.std(cosines))
+    cosine, spread = float(np.mean(cosines)), float(np.std(cosines, ddof=len(cosines) > 1))
     print(f"CLIP score ({clip.name}): {100 * cosine:.3f}, cosine {cosine:.5f} ± {spread:.5f} from "
           f"picture to picture\nof {len(cosines):,} pictures of {folder}")
     finish(config, {"score": f"CLIP score ({clip.name}), 100 cos", "value": 100 * cosine,
@@ -1032,6 +1041,7 @@ class Row(NamedTuple):
     file: Path | None = None            # the guide's, and its SHA-256
     guide_hash: str = ""
     only_g: float | None = None         # the one g that it is made for
+    plain: bool = True                  # of stage one, for any g, against the empty prompt
 
     @property
     def passes(self) -> tuple[int, int]:
@@ -1058,6 +1068,8 @@ def methods(config: Config, base: Base, guides: tuple[str, ...] = ()) -> list[Ro
                 raise BadInput(f"{row.file} has the name of another guide: rename the file")
             rows.append(row)
         except (BadInput, CheckpointError) as error:
+            if name in config.guides:
+                raise
             if rank() == 0:
                 print(f"a row is left out: {error}")
     return rows
@@ -1079,8 +1091,9 @@ def guide_row(config: Config, base: Base, name: str) -> Row:
     only_g = low if low == high else None
     title = f"{path.stem.removesuffix(f'-g{low:g}').removesuffix(f'-{steps}')} guide, {steps} steps"
     title += "" if only_g is None else f", trained at g = {low:g} only"
+    plain = not about.get("steps") and only_g is None and not about.get("uncond")
     return Row(path.stem, title, made.kind, steps, "ddim", guide, path, ppdd.fingerprint(path),
-               only_g)
+               only_g, plain)
 
 
 def find_guide(base: Base, name: str) -> Path:
@@ -1130,9 +1143,11 @@ def together(config: Config) -> Iterator[Config]:
     if world() == 1:
         yield config
         return
-    cuda = config.device.startswith("cuda")
+    cuda, local = config.device.startswith("cuda"), int(os.environ.get("LOCAL_RANK", -1))
+    if local < 0 or (cuda and local >= torch.cuda.device_count()):
+        raise BadInput("start several processes with torchrun, and at most one a GPU")
     if cuda:
-        config = replace(config, device=f"cuda:{os.environ['LOCAL_RANK']}")
+        config = replace(config, device=f"cuda:{local}")
         torch.cuda.set_device(config.device)
     distributed.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(hours=12))
     try:
@@ -1251,11 +1266,14 @@ class Bench:
     @cached_property
     def references(self) -> Statistics:
         """Statistics of the real pictures: those of --real, else postcards in the base's style."""
-        if self.config.real.endswith(".npz"):
-            real = Statistics.load(self.config.real)
-            if real.of not in ("", self.extractor[0]):
-                raise BadInput(f"--real {self.config.real} holds features of another network: "
-                               f"{real.of}, not {self.extractor[0]}")
+        if self.config.real.lower().endswith(".npz"):
+            real = Statistics.load(Path(self.config.real).expanduser())
+            name, features = self.extractor
+            width = features(torch.zeros(1, 3, 64, 64, dtype=torch.uint8,
+                                         device=self.config.device)).shape[1]
+            if real.of not in ("", identity(name, features)) or real.mean.size != width:
+                raise BadInput(f"--real {self.config.real} holds features of another network "
+                               f"({real.of or f'{real.mean.size} a picture'}) than {name}")
             return real
         real, features = Statistics(of=self.extractor[0]), self.extractor[1]
         if self.config.real:
@@ -1284,7 +1302,10 @@ class Bench:
         said = {"distance": name, "features": features.protocol, "CLIP": self.clip.protocol,
                 "references": self.config.real or f"{real.n} postcards, style {self.style}",
                 "reference pictures": real.n or None,
-                "reference hash": hashlib.sha256(real.mean.tobytes()).hexdigest()[:12]}
+                "reference hash": hashlib.sha256(real.mean.round(6).tobytes()).hexdigest()[:12]}
+        if name == "FID" and self.config.count < FEW:
+            said["warning"] = (f"FID of {self.config.count} pictures is biased upwards: compare it "
+                               "only with FIDs of as many")
         if self.judged:
             drawn = self.drawn(self.config.references)
             hits = [self.right(*part).all(1).float() for part in drawn]
@@ -1307,7 +1328,7 @@ class Bench:
             hit = torch.cat(hits).double()                                         # (N, 6)
             shares = {"accuracy": hit.prod(1).mean()} | dict(zip(postcards.ATTRIBUTES, hit.mean(0)))
             scores |= {name: 100 * share.item() for name, share in shares.items()}
-        return {name: round(score, 4) for name, score in scores.items()}
+        return {name: round(score, 6) for name, score in scores.items()}
 
 
 def captions(count: int, seed: int) -> tuple[list[str], Tensor]:
@@ -1342,14 +1363,15 @@ def summary(seeds: dict[str, dict]) -> dict:
     names = [name for name, value in next(iter(seeds.values())).items()
              if not isinstance(value, str)]
     values = {name: [entry[name] for entry in seeds.values()] for name in names}
-    return {"mean": {name: round(statistics.fmean(v), 4) for name, v in values.items()},
-            "spread": {name: round(statistics.stdev(v), 4) if len(v) > 1 else None
+    return {"mean": {name: round(statistics.fmean(v), 6) for name, v in values.items()},
+            "spread": {name: round(statistics.stdev(v), 6) if len(v) > 1 else None
                        for name, v in values.items()}, "seeds": seeds}
 
 
 # ------------------------------------------------------------------------------- tables 2 and 3
 
 ONE_G = ("table3", "fig5", "fig6", "fig8")        # commands that take one g
+ASKED = ("prompts", "pictures a cell and seed", "seeds", "g", "size")   # what a file has one of
 TITLES = {"table2": "Table 2: guides, CFG and their numbers of steps",
           "table3": "Table 3: guides of the plain base, plugged into fine-tuned bases untrained",
           "match": "Teacher match: ‖e − e_teacher‖² / ‖ε_c − e_teacher‖² in percent"}
@@ -1438,7 +1460,7 @@ def read_result(file: Path) -> dict:
     if not file.exists():
         return {"protocol": {}, "bases": {}}
     try:
-        result = json.loads(file.read_text())
+        result = json.loads(file.read_text(encoding="utf-8"))
         return {"protocol": result["protocol"], "bases": dict(result["bases"])}
     except (ValueError, KeyError, TypeError) as error:
         raise BadInput(f"{file} is no result of this command: move it away") from error
@@ -1478,7 +1500,11 @@ def tabulate(config: Config, rows: list[Row], bases: Iterable[Base], total: int)
 
 def begin(bench: Bench, cells: list[Cell], file: Path) -> None:
     """Enters the base into the result file, with those of its cells that are done already."""
-    result, measured = read_result(file), bench.measured_by()
+    result, measured, now = read_result(file), bench.measured_by(), protocol(bench)
+    other = [k for k in ASKED if result["protocol"] and result["protocol"].get(k) != now[k]]
+    if other:
+        raise BadInput(f"{file} holds a result of another setting ({', '.join(other)}): pass --out "
+                       "for a file of its own, or move that one away")
     before = result["bases"].get(bench.base.name, {})
     kept = before["rows"] if before.get("measured by") == measured else {}
     rows = {cell.row.name: about_row(cell.row) for cell in cells}
@@ -1487,7 +1513,7 @@ def begin(bench: Bench, cells: list[Cell], file: Path) -> None:
         scores = seeds.get(str(cell.s), {})
         if scores.get("key") == bench.key(cell):
             enter(rows, cell, scores)
-    result["protocol"] = protocol(bench)
+    result["protocol"] = now
     result["bases"][bench.base.name] = {"base hash": bench.hash, "measured by": measured,
                                         "rows": rows}
     write_json(file, result)
@@ -1548,7 +1574,7 @@ def protocol(bench: Bench) -> dict:
     return {
         "prompts": config.prompts or "fresh captions of postcards that name all six attributes",
         "pictures a cell and seed": config.count,
-        "seeds": list(range(config.seed, config.seed + config.seeds)),
+        "seeds": list(range(config.seed, config.seed + config.seeds)), "g": list(config.g),
         "noise": f"picture k of seed s starts from noise {FIRST} + {SEED_STEP} s + k",
         "spread": "standard deviation over the seeds, n − 1",
         "size": f"{bench.size} × {bench.size}, batches of {config.batch}",
@@ -1591,11 +1617,12 @@ def table_markdown(command: str, result: dict) -> str:
 def cell_markdown(cell: dict | None) -> str:
     """Distance / CLIP score / accuracy of one cell, and nothing where none was measured."""
     names = [name for name in cell["mean"] if name not in postcards.ATTRIBUTES] if cell else ()
-    return " / ".join(plus_minus(cell["mean"][name], cell["spread"][name]) for name in names)
+    return " / ".join(plus_minus(cell["mean"][name], cell["spread"][name],
+                                 4 if name == "CLIP-FID" else 2) for name in names)
 
 
-def plus_minus(middle: float, spread: float | None) -> str:
-    return f"{middle:.2f}" + (f" ± {spread:.2f}" if spread is not None else "")
+def plus_minus(middle: float, spread: float | None, digits: int = 2) -> str:
+    return f"{middle:.{digits}f}" + (f" ± {spread:.{digits}f}" if spread is not None else "")
 
 
 def protocol_lines(protocol: dict) -> list[str]:
@@ -1627,7 +1654,7 @@ def match(config: Config) -> None:
     """
     base = load(config, ppdd.find_weights(config.weights))
     config = fill(config, base)
-    guides = [row for row in methods(config, base) if row.guide and row.steps == STAGE_ONE]
+    guides = [row for row in methods(config, base) if row.guide and row.plain]
     if not guides:
         raise BadInput(f"there is no stage-one guide for {base.name}: train one with train.py")
     bench = Bench(config, base)
@@ -1938,7 +1965,7 @@ def tiny_sheet(base: Base, row: Row, prompts: list[str]) -> Image.Image:
              f"timestep t and g, mean of {len(prompts)} prompts, each map divided by its largest "
              "norm: white is 0, the darkest red that norm.")
     pictures = [tinted(part / peak) for part, peak in zip(norms, peaks)]
-    axes = f"{name}\n\nupwards: g from 2 to 9\nto the right: t from 999 down to 0"
+    axes = f"{name}\n\nupwards: g from 2 to 9\nto the right: t from 999 down to {times[-1]}"
     return grid(headings, [axes], [pictures], terms, 200)
 
 
@@ -1977,7 +2004,7 @@ def quality(config: Config) -> None:
     file = result_file(replace(config, command="table2", out=""))
     if not file.exists():
         raise BadInput(f"there is no {file}: make it with `python eval.py table2`")
-    name, base = next(iter(read_result(file)["bases"].items()))
+    name, base = next(iter(read_result(file)["bases"].items()), ("", {"rows": {}}))
     rows = [row for row in base["rows"].values() if "milliseconds" in row]
     if not rows:
         raise BadInput(f"{file} is not finished: run `python eval.py table2` again")
@@ -2067,6 +2094,10 @@ def settle(config: Config) -> Config:
         (config.count < 0, f"--count {config.count}: a number of pictures, or 0 for all"),
         (config.paths and config.command not in ("fid", "clip"),
          f"{config.command} takes no paths, and got {' '.join(config.paths)}"),
+        (config.count and config.command in ("fid", "clip", "table1"),
+         f"--count {config.count}: {config.command} takes all there are; leave it out"),
+        (int(os.environ.get("WORLD_SIZE", 1)) > 1 and config.command not in ("table2", "table3"),
+         f"{config.command} runs in one process: leave out torchrun"),
     ):
         if wrong:
             raise BadInput(sentence)

@@ -26,7 +26,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -57,7 +57,7 @@ class Config:
                            "one a line (the miniature draws its own)")
     trajectories: float = option(0.0, "share of a batch taken not from noised pictures but from "
                                       "the teacher's own sampling; 1 where there are only prompts")
-    size: int = option(512, "side of the training pictures, pixels (the miniature: always 64)")
+    size: int = option(512, "side of the training pictures, pixels (small bases: always 64)")
     g_range: tuple[float, float] = option((2.0, 9.0), "g is uniform in LOW HIGH; 8 8 fixes it")
     uncond: str = option("", "a negative prompt to bake into the guide in place of ∅")
     updates: int = option(0, "updates of stage one; 0: what suits this base and guide")
@@ -113,7 +113,7 @@ def complete(config: Config, base: Base) -> Config:
     return replace(
         config, optimizer=config.optimizer or optimizer, lr=config.lr or lr,
         halving_lr=config.halving_lr or halving_lr,
-        trajectories=1.0 if Path(config.data).is_file() else config.trajectories,
+        trajectories=1.0 if Path(config.data).expanduser().is_file() else config.trajectories,
         updates=int(min(config.updates or updates, limit)),
         halving_updates=int(min(config.halving_updates or halving_updates, limit)),
         run=config.run or f"runs/{base.name}/{name}")
@@ -123,8 +123,8 @@ def check(config: Config) -> None:
     """Raises BadInput for settings that cannot work, before anything is loaded."""
     low, high = config.g_range
     for wrong, sentence in (
-        (not (0 <= low <= high < 100),
-         f"--g-range {low:g} {high:g}: give LOW <= HIGH, from 0 to 100"),
+        (not (0 <= low <= high < 100 and high > 0),
+         f"--g-range {low:g} {high:g}: give LOW <= HIGH, from 0 to 100, and not both 0"),
         (config.batch < 1, f"--batch {config.batch}: at least 1"),
         (config.size % 64 or config.size < 64, f"--size {config.size}: a multiple of 64 pixels"),
         (min(config.updates, config.halving_updates, config.max_updates, config.grid_every) < 0,
@@ -336,9 +336,21 @@ class Run:
         self.guide, self.teacher = self.new_guide(), self.new_guide().requires_grad_(False)
         self.guide.start_from(base.unet)
         self.empty = base.embed([config.uncond]).float()
+        self.base_hash = ppdd.fingerprint(base.path)
         self.stages, self.stage, self.update = stages(config), 0, 0
         self.average = copy.deepcopy(self.guide).requires_grad_(False) if config.ema else None
         self.begin_stage()
+
+    def start_from(self, path: Path) -> None:
+        """Takes a finished stage-one guide, and goes on with the first halving."""
+        made, _ = ppdd.read_about(path)
+        if made != self.guide_config:
+            raise BadInput(f"--init {path} is a guide of other settings ({made}): give the "
+                           "--guide, --pool and --form that it was trained with")
+        guide = ppdd.load_guide(path, self.base.unet.config).state_dict()
+        for _, module in self.modules():
+            module.load_state_dict(guide)
+        self.stage = 1
 
     def new_guide(self) -> nn.Module:
         return ppdd.build_guide(self.base.unet.config, self.guide_config).to(self.device)
@@ -387,7 +399,7 @@ class Run:
     def walk_on(self, stage: Stage, target: Tensor, generator: torch.Generator) -> None:
         """Takes the teacher's next step, with the prediction that the loss needed anyway.
 
-        A stage's first step is a long one, to a place of its own for each: they never walk abreast.
+        A stage's first step is a long one, to a place drawn for each, lest they walk abreast.
         """
         t, after = self.walk["t"], following(stage.steps or self.config.start_steps).to(self.device)
         s = after[t]
@@ -398,7 +410,7 @@ class Run:
 
     def distill(self, stage: Stage, generator: torch.Generator) -> Distilled:
         """The loss of one batch: Algorithm 1, or a halving on the grid of the teacher's steps."""
-        n = round(self.config.trajectories * self.config.batch)
+        n = math.ceil(self.config.trajectories * self.config.batch)
         parts = [self.on_the_way(n, generator)] if n else []
         if n < self.config.batch:
             parts.insert(0, self.noised(stage, self.config.batch - n, generator))
@@ -439,7 +451,9 @@ class Run:
         self.update += 1
         if self.average:
             keep = min(self.config.ema, self.update / (self.update + 10))
-            torch._foreach_lerp_([*self.average.parameters()], [*self.guide.parameters()], 1 - keep)
+            with torch.no_grad():
+                for mean, weight in zip(self.average.parameters(), self.guide.parameters()):
+                    mean.lerp_(weight, 1 - keep)
         return loss, unexplained
 
     # -- the whole run
@@ -488,7 +502,7 @@ class Run:
         g = min(8.0, self.config.g_range[1])
         empty = self.empty.expand(len(prompts), -1, -1)
         rows = [ppdd.sample(self.base.unet, z, c, g, steps, empty=empty),
-                ppdd.sample(self.base.unet, z, c, g, steps, guide=self.guide)]
+                ppdd.sample(self.base.unet, z, c, g, steps, guide=self.average or self.guide)]
         pictures = [torch.cat(list(self.base.decode(row).cpu()), dim=2) for row in rows]
         pictures = torch.cat(pictures, dim=1)                                  # (3, 2 H, 4 W)
         image = Image.fromarray(pictures.permute(1, 2, 0).numpy())
@@ -500,7 +514,7 @@ class Run:
         low, high = self.config.g_range
         name = self.config.guide + stage.suffix + (f"-g{low:g}" if low == high else "")
         path = Path(self.config.out) / self.base.name / f"{name}.safetensors"
-        about = {"base": self.base.name, "base_hash": ppdd.fingerprint(self.base.path),
+        about = {"base": self.base.name, "base_hash": self.base_hash,
                  "stage": self.stage, "steps": stage.steps, "g_range": [low, high],
                  "uncond": self.config.uncond, "updates": self.update, "seed": self.config.seed,
                  "settings": asdict(self.config)}
@@ -519,7 +533,7 @@ class Run:
         for name, module in self.modules():
             tensors |= {name + k: v for k, v in module.state_dict().items()}
         state = {"stage": self.stage, "update": self.update, "recent": self.recent,
-                 "config": asdict(self.config)}
+                 "base_hash": self.base_hash, "config": asdict(self.config)}
         ppdd.save_tensors(self.folder / "state.safetensors",
                           tensors | ppdd.optimizer_tensors(self.optimizer),
                           {"state": json.dumps(state)})
@@ -527,10 +541,16 @@ class Run:
     def load(self) -> None:
         """Go on from the last checkpoint; log lines written after it are dropped."""
         path = self.folder / "state.safetensors"
-        with safe_open(path, framework="pt") as opened:
-            state = json.loads(opened.metadata()["state"])
-            tensors = {name: opened.get_tensor(name) for name in opened.keys()}
+        try:
+            with safe_open(path, framework="pt") as opened:
+                state = json.loads(opened.metadata()["state"])
+                tensors = {name: opened.get_tensor(name) for name in opened.keys()}
+        except (SafetensorError, KeyError, TypeError, ValueError) as error:
+            raise BadInput(f"{path} is damaged ({error}): delete it and begin anew") from error
         self.refuse_other_settings(state["config"])
+        if state["base_hash"] != self.base_hash:
+            raise BadInput(f"{self.folder} was begun on another base than {self.base.path}: "
+                           "give the same --weights, or another --run")
         self.stage, self.update, self.recent = state["stage"], state["update"], state["recent"]
         self.walk = {k.removeprefix("walk."): v.to(self.device) for k, v in tensors.items()
                      if k.startswith("walk.")}
@@ -540,9 +560,12 @@ class Run:
         ppdd.load_optimizer(self.optimizer, tensors)
         log = self.folder / "log.jsonl"
         if log.exists():
-            entries = [json.loads(line) for line in log.read_text().splitlines()]
-            log.write_text("".join(json.dumps(e) + "\n" for e in entries
-                                   if (e["stage"], e["update"]) <= (self.stage, self.update)))
+            entries = [json.loads(line) for line in log.read_text().splitlines()
+                       if line.endswith("}")]                          # the last may be half a line
+            temporary = log.with_suffix(".tmp")
+            temporary.write_text("".join(json.dumps(e) + "\n" for e in entries if
+                                         (e["stage"], e["update"]) <= (self.stage, self.update)))
+            temporary.replace(log)
 
     def refuse_other_settings(self, before: dict) -> None:
         free = {"resume", "save_every", "grid_every", "device", "compile", "max_updates", "lr",
@@ -598,21 +621,20 @@ def prepare(config: Config) -> Run:
         run.load()
         return run
     if config.init:
-        run.guide.load_state_dict(ppdd.load_guide(Path(config.init), base.unet.config).state_dict())
-        run.teacher.load_state_dict(run.guide.state_dict())
-        run.stage = 1
+        run.start_from(Path(config.init))
     (run.folder / "log.jsonl").unlink(missing_ok=True)
     run.folder.mkdir(parents=True, exist_ok=True)
     return run
 
 
 def load_data(config: Config, base: Base) -> Postcards | Folder | Prompts:
-    if Path(config.data).is_file():
-        size = postcards.SIZE if base.path == ppdd.MINI else config.size
+    mini = base.unet.config.model_channels < 256
+    size = postcards.SIZE if mini else config.size
+    if Path(config.data).expanduser().is_file():
         return Prompts(base, config.data, size)
     if config.data:
-        return Folder(base, config.data, config.size)
-    if base.path != ppdd.MINI and base.unet.config.model_channels >= 256:
+        return Folder(base, config.data, size)
+    if not mini:
         raise BadInput("--data is needed with these weights: a folder of pictures with .txt "
                        "captions, or a text file of prompts")
     return Postcards(base, min(config.pictures, 40 * config.batch) if config.max_updates else

@@ -276,7 +276,9 @@ def test_the_weight_file_is_found_and_checked(here, inception_file):
     (cache / ours.INCEPTION).symlink_to(inception_file)
     assert ours.find_inception() == cache / ours.INCEPTION
     assert ours.find_inception("other.pth").name == "other.pth"
-    name, network = ours.extractor(ours.Config("fid", device="cpu"), base_is_mini=True)
+    asked = ours.Config("fid", device="cpu")
+    assert ours.extractor(asked, base_is_mini=True)[0] == "CLIP-FID (the miniature's CLIP)"
+    name, network = ours.extractor(asked, base_is_mini=False)
     assert name == "FID" and network.protocol["sha256"] == ours.INCEPTION_SHA
     inception_file.write_bytes(inception_file.read_bytes()[:-1])
     with pytest.raises(BadInput, match="has SHA-256 .*not .*pytorch-fid's releases"):
@@ -573,7 +575,7 @@ def test_the_clip_score_of_a_folder(here, capsys, direct):
     assert result["cosine"] == pytest.approx(expected.mean().item(), abs=1e-6)
     assert result["value"] == 100 * result["cosine"] and result["pictures"] == 5
     assert f"{result['value']:.3f}" in said and "the miniature's CLIP" in said
-    assert result["deviation"] == pytest.approx(expected.std(correction=0).item(), abs=1e-6)
+    assert result["deviation"] == pytest.approx(expected.std().item(), abs=1e-6)
     (here / "a/002.png").write_bytes(b"")                    # its prompt goes with it
     result, _ = result_of(capsys, "clip", "a", "--prompts", "a.txt", "--skip-bad")
     assert result["cosine"] == pytest.approx(expected[[0, 1, 3, 4]].mean().item(), abs=1e-6)

@@ -78,7 +78,8 @@ def test_training_logs_loss_and_unexplained_share_and_draws_pictures(base, here)
 
 
 @pytest.mark.parametrize("after, more", [
-    (1, ()), (4, ()), (6, ()), (9, ()), (5, ("--trajectories", "0.5", "--ema", "0.9"))])
+    (1, ()), (4, ()), (6, ("--optimizer", "muon")), (9, ()),
+    (5, ("--trajectories", "0.5", "--ema", "0.9"))])
 def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(base, here, monkeypatch, after,
                                                                more):
     run(base, "--out", "whole", "--run", "whole-run", *more)
@@ -170,6 +171,27 @@ def test_trajectories_of_one_batch_do_not_walk_abreast(base, here):
     assert len(run_.walk["t"]) == 12 and len(run_.walk["t"].unique()) > 6
 
 
+def test_a_guide_of_other_settings_or_another_base_is_not_gone_on_with(base, here, capsys):
+    run(base, "--end-steps", "64", "--pool", "mean", updates=2)
+    for more, word in ((["--init", "guides/toy/tiny.safetensors"], "other settings"),
+                       (["--init", "guides/toy/tiny.safetensors", "--guide", "full"], "other")):
+        with pytest.raises(SystemExit) as stopped:
+            run(base, *more)
+        assert stopped.value.code == 2 and word in capsys.readouterr().err
+    run(base, "--init", "guides/toy/tiny.safetensors", "--pool", "mean", "--ema", "0.9", updates=2)
+    assert set(guides(here)) == {"tiny", "tiny-32", "tiny-16", "tiny-8"}
+    unfinished = train.prepare(train.parse(["--weights", str(base), "--pictures", "40"]))
+    unfinished.base_hash = "of another file"
+    unfinished.save()
+    with pytest.raises(SystemExit) as stopped:
+        train.main(["--weights", str(base), "--pictures", "40", "--resume"])
+    assert stopped.value.code == 2 and "another base" in capsys.readouterr().err
+    (here / "runs/toy/tiny/state.safetensors").write_bytes(b"half a file")
+    with pytest.raises(SystemExit) as stopped:
+        train.main(["--weights", str(base), "--pictures", "40", "--resume"])
+    assert stopped.value.code == 2 and "damaged" in capsys.readouterr().err
+
+
 def test_a_list_of_prompts_trains_the_guide_without_pictures(base, here):
     (here / "prompts.txt").write_bytes("\ufeffa boat\r\n\r\na house, été\n".encode())
     run(base, "--data", "prompts.txt", "--size", "64", "--end-steps", "32", updates=2)
@@ -188,6 +210,7 @@ def test_the_guide_kept_is_the_running_mean_of_its_weights(base, here):
         keep = min(0.5, (update + 1) / (update + 11))
         mean = keep * mean + (1 - keep) * weights[-1]
     torch.testing.assert_close(run_.average.theta_z3[0].weight, mean)
+    assert not any(p.requires_grad for p in run_.average.parameters())
     run_.train()
     saved = guides(here)["tiny"]["theta_z3.0.weight"].float()
     torch.testing.assert_close(saved, mean, rtol=1e-3, atol=1e-6)
@@ -201,6 +224,19 @@ def test_muon_moves_a_matrix_by_nearly_orthogonal_steps(shape):
     assert s.min() > 0.5 and s.max() < 1.3
     a, _, b = torch.linalg.svd(m, full_matrices=False)
     assert torch.trace((a @ b).T @ train.orthogonal(m)) > 0.8 * min(shape)
+
+
+def test_muon_moves_a_matrix_along_its_momentum_by_the_size_it_says():
+    weight = torch.nn.Parameter(torch.zeros(6, 5, 2, 2))
+    optimizer, momentum = train.Muon([weight], lr=0.01, weight_decay=0.0), torch.zeros(6, 20)
+    for k in range(3):
+        grad = torch.randn(6, 20, generator=torch.Generator().manual_seed(k))
+        before, weight.grad = weight.detach().clone(), grad.view_as(weight).clone()
+        optimizer.step()
+        momentum = 0.95 * momentum + 0.05 * grad
+        ahead = 0.05 * grad + 0.95 * momentum
+        moved = 0.01 * 0.2 * 20**0.5 * train.orthogonal(ahead)
+        torch.testing.assert_close((before - weight.detach()).view(6, 20), moved)
 
 
 def test_muon_takes_vectors_as_adamw_does():
@@ -242,7 +278,7 @@ def test_a_loss_that_is_not_finite_stops_and_says_what_to_try(base, here, monkey
     with pytest.raises(SystemExit) as stopped:
         run(base)
     said = capsys.readouterr().err
-    assert stopped.value.code == 2 and "update 2" in said and "--lr" not in said.split("lower")[0]
+    assert stopped.value.code == 2 and "update 2" in said and "--lr" in said.split("lower")[1]
 
 
 @pytest.mark.parametrize("more, word", [
