@@ -23,9 +23,9 @@ def table2_lines(g="8"):
     for row in results("table2")["bases"]["mini"]["rows"].values():
         cell = row["cells"].get(g) or row["cells"].get("0")
         if cell:
-            passes = f"{row['UNet passes']}" + f" + {row['guide passes']} g" * bool(
+            passes = f"{row['UNet passes']}" + f" + {row['guide passes']} guide" * bool(
                 row["guide passes"])
-            scores = (f"{cell['mean'][s]:.3f} ± {cell['spread'][s]:.3f}" if s == "CLIP-FID" else
+            scores = (f"{cell['mean'][s]:.4f} ± {cell['spread'][s]:.4f}" if s == "CLIP-FID" else
                       plus_minus(cell, s) for s in ("CLIP-FID", "CLIP", "accuracy"))
             ms = row["milliseconds"]["median"]
             yield f"| {row['title']} | {passes} | {ms:.0f} | {' | '.join(scores)} |"
@@ -35,8 +35,8 @@ def table3_lines():
     for base, told in results("table3")["bases"].items():
         for row in told["rows"].values():
             cell = row["cells"].get("8") or row["cells"]["0"]
-            yield (f"| {base} | {row['title']} | {cell['mean']['CLIP-FID']:.3f} ± "
-                   f"{cell['spread']['CLIP-FID']:.3f} | {plus_minus(cell, 'accuracy')} |")
+            yield (f"| {base} | {row['title']} | {cell['mean']['CLIP-FID']:.4f} ± "
+                   f"{cell['spread']['CLIP-FID']:.4f} | {plus_minus(cell, 'accuracy')} |")
 
 
 def match_lines():
