@@ -1381,7 +1381,7 @@ def table2(config: Config) -> None:
     """Every row for one base: results/table2.json and .md."""
     with together(config) as config:
         base = load(config, ppdd.find_weights(config.weights))
-        tabulate(fill(config, base), methods(config, base), [base], 1)
+        tabulate(fill(config), methods(config, base), [base], 1)
 
 
 def table3(config: Config) -> None:
@@ -1390,7 +1390,7 @@ def table3(config: Config) -> None:
     with together(config) as config:
         first = load(config, paths[0])
         bases = (load(config, path) if k else first for k, path in enumerate(paths))
-        tabulate(fill(config, first), plugged(config, first), bases, len(paths))
+        tabulate(fill(config), plugged(config, first), bases, len(paths))
 
 
 def plugged(config: Config, base: Base) -> list[Row]:
@@ -1423,7 +1423,7 @@ def dtype_of(config: Config) -> torch.dtype:
     return DTYPES[auto if config.dtype == "auto" else config.dtype]
 
 
-def fill(config: Config, base: Base) -> Config:
+def fill(config: Config) -> Config:
     """The configuration with what suits in place of every 0 and every empty setting."""
     quick, count = config.quick, config.count
     if config.prompts and not count:
@@ -1653,7 +1653,7 @@ def match(config: Config) -> None:
     Measured on noised pictures, as in training, and on the states that CFG visits in sampling.
     """
     base = load(config, ppdd.find_weights(config.weights))
-    config = fill(config, base)
+    config = fill(config)
     guides = [row for row in methods(config, base) if row.guide and row.plain]
     if not guides:
         raise BadInput(f"there is no stage-one guide for {base.name}: train one with train.py")
@@ -1826,7 +1826,7 @@ def stage(config: Config) -> tuple[Config, Base, list[str], int]:
     """What every figure starts from: the settings, the base, the prompts, the pictures' side."""
     base = load(config, ppdd.find_weights(config.weights))
     prompts = list(config.prompt or (MINI_EXAMPLES if is_mini(base) else SD_EXAMPLES))
-    return fill(config, base), base, prompts, picture_size(config, base)
+    return fill(config), base, prompts, picture_size(config, base)
 
 
 def column(config: Config, base: Base, row: Row, prompts: list[str], size: int

@@ -577,7 +577,6 @@ class Run:
                            "give the same, or another --run")
 
 
-
 # ------------------------------------------------------------------------------- command line
 
 def parse(argv: list[str] | None = None) -> Config:

@@ -262,7 +262,7 @@ def test_sentences(here, capsys, monkeypatch):
 def test_accuracy_is_the_judge_s(here):
     """Real postcards of what the prompts say are right, and those of other prompts are not."""
     base = ppdd.load_base(ppdd.MINI)
-    config = tables.fill(tables.Config(command="table2", count=200, device="cpu"), base)
+    config = tables.fill(tables.Config(command="table2", count=200, device="cpu"))
     bench = tables.Bench(config, base)
     for name, shift, low, high in (("right", 0, 99, 100), ("wrong", 1, 0, 5)):
         cell = tables.Cell(tables.Row(name, name, "none", STEPS), 0.0, 0)
@@ -279,7 +279,7 @@ def test_seeds_never_share_noise(here, monkeypatch):
     monkeypatch.setattr(ppdd, "noise", lambda seeds, shape: noise(seen.extend(seeds) or
                                                                   seen[-len(seeds):], shape))
     base = ppdd.load_base(ppdd.MINI)
-    config = tables.fill(tables.Config(command="table2", count=3, batch=2, device="cpu"), base)
+    config = tables.fill(tables.Config(command="table2", count=3, batch=2, device="cpu"))
     bench = tables.Bench(config, base)
     for s in range(2):
         bench.paint(tables.Cell(tables.plain_row("none", STEPS, "ddim"), 0.0, s), lambda n: None)
