@@ -305,12 +305,12 @@ def _guide_features(guide: nn.Module, g: Tensor, emb: Tensor, c: Tensor, z: Tens
 
 
 def cfg_distillation(unet: UNet, guide: nn.Module, z: Tensor, t: Tensor, c: Tensor, empty: Tensor,
-                     g: Tensor) -> Distilled:
+                     g: Tensor, weight: Callable | None = None) -> Distilled:
     """Algorithm 1: L = ‖e_teacher − e‖², t and g one a sample.
 
     z (B, Z, H, W), t (B,), c and empty (B, L, D), g (B,). The guide touches only the decoder, so
     the student's encoder pass is the conditional teacher's and runs once; nothing before the
-    decoder holds a gradient.
+    decoder holds a gradient. weight(t) weighs the squared ε error; the paper's does not.
     """
     with torch.no_grad():
         emb = unet.embed_time(t)
@@ -319,7 +319,8 @@ def cfg_distillation(unet: UNet, guide: nn.Module, z: Tensor, t: Tensor, c: Tens
         eps_empty = unet.decode(*unet.encode(z, emb, empty), emb, empty).float()
         e_teacher = cfg(eps_c, eps_empty, g)                                   # Eq. 3
     y = _guide_features(guide, g, emb, c, z, t)
-    return _compare(unet.decode(skips, h, emb, c, y), e_teacher, eps_c)        # Eq. 4
+    return _compare(unet.decode(skips, h, emb, c, y), e_teacher, eps_c,        # Eq. 4
+                    weight(t) if weight else 1.0)
 
 
 def halving_target(z: Tensor, z_end: Tensor, t: Tensor, t_end: Tensor) -> Tensor:
@@ -338,11 +339,16 @@ def truncated_snr(t: Tensor) -> Tensor:
     return torch.maximum(sigma / alpha, torch.ones_like(alpha)).square().flatten()
 
 
+def root_snr(t: Tensor) -> Tensor:
+    """(B,) weight halfway, in its logarithm, from the plain ε error to truncated SNR."""
+    return truncated_snr(t).sqrt()
+
+
 def halving(unet: UNet, guide: nn.Module, teacher: nn.Module, z: Tensor, t: Tensor, t_mid: Tensor,
             t_end: Tensor, c: Tensor, g: Tensor, weight: Callable | None = None) -> Distilled:
     """Section 4.4: one step of the guide learns what two DDIM steps t → t′ → t″ of the teacher do.
 
-    Teacher and student share the base's encoder pass at t. weight(t) weighs the squared ε error.
+    Teacher and student share the base's encoder pass at t. weight is `cfg_distillation`'s.
     """
     with torch.no_grad():
         emb, emb_mid = unet.embed_time(t), unet.embed_time(t_mid)

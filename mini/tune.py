@@ -1,7 +1,9 @@
 """The comparisons behind the guides' settings: `python mini/tune.py` writes results/tuning.json.
 
 Each row is one short run of train.py on the miniature with one setting changed, judged by the share
-of the correction that its last updates leave unexplained. Rows that are there already are kept.
+of the correction that its last updates leave unexplained. With --remedies the rows change what a
+guide is trained on or for, and are judged by their pictures too: how many have every attribute as
+asked, at two values of g. Rows that are there already are kept.
 """
 
 from __future__ import annotations
@@ -14,6 +16,12 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import ppdd  # noqa: E402
+from mini.check import World  # noqa: E402
+from mini.judge import load_judge  # noqa: E402
+
 STAGE_ONE = {"guide": "tiny", "end-steps": "64", "optimizer": "adamw"}
 FULL = STAGE_ONE | {"guide": "full"}
 ROWS = [
@@ -26,36 +34,64 @@ ROWS = [
 HALVING = [{"init": f"mini/guides/{kind}.safetensors", "guide": kind, "start-steps": "16",
             "loss": loss} for kind in ("tiny", "full") for loss in ("eps", "snr")]
 
+TINY = STAGE_ONE | {"lr": "5e-3"}
+REMEDIES = [TINY, *(TINY | {"loss": loss} for loss in ("root-snr", "snr")),
+            TINY | {"form": "product"}, TINY | {"form": "product", "loss": "root-snr"},
+            TINY | {"trajectories": "0.5"}, TINY | {"trajectories": "1"},
+            TINY | {"trajectories": "0.5", "loss": "root-snr"}, TINY | {"ema": "0.99"}]
 
-def unexplained(row: dict[str, str], updates: int, more: list[str]) -> float:
-    """The last log line of a run with these settings."""
-    with tempfile.TemporaryDirectory() as folder:
-        flags = [word for k, v in row.items() for word in ("--" + k, v)]
-        command = [sys.executable, ROOT / "train.py", "--weights", "mini", "--run", folder,
-                   "--out", folder, "--updates", str(updates), "--halving-updates",
-                   str(updates), "--grid-every", "0", *flags, *more]
-        subprocess.run(command, cwd=ROOT, check=True)
-        return json.loads((Path(folder) / "log.jsonl").read_text().splitlines()[-1])["unexplained"]
+
+def train(row: dict[str, str], updates: int, more: list[str], folder: str) -> float:
+    """Runs train.py with these settings; the share that its last updates leave unexplained."""
+    flags = [word for k, v in row.items() for word in ("--" + k, v)]
+    command = [sys.executable, ROOT / "train.py", "--weights", "mini", "--run", folder,
+               "--out", folder, "--updates", str(updates), "--halving-updates",
+               str(updates), "--grid-every", "0", *flags, *more]
+    subprocess.run(command, cwd=ROOT, check=True)
+    return json.loads((Path(folder) / "log.jsonl").read_text().splitlines()[-1])["unexplained"]
+
+
+def judged(path: Path, steps: int = 16, count: int = 384, seed: int = 5000) -> dict:
+    """Shares of pictures of the guide in a file with all attributes right, at g = 2 and 8."""
+    base = ppdd.load_base(ppdd.MINI)
+    world = World(base, load_judge(ROOT / "mini" / "judge.safetensors"), count, seed)
+    guide = ppdd.load_guide(path, base.unet.config)
+    right = {f"g = {g:g}": world.sampled(f"g = {g:g}", g, steps, guide)["right"] for g in (2., 8.)}
+    return {"pictures": count, "seed": seed, "steps": steps, "right": right}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--updates", type=int, default=300, help="of every run (%(default)s)")
     parser.add_argument("--halving", action="store_true", help="compare the halving's loss instead")
+    parser.add_argument("--remedies", action="store_true", help="compare what guides are trained on"
+                                                                " and for, by their pictures")
     parser.add_argument("--out", default=str(ROOT / "results" / "tuning.json"))
     options, more = parser.parse_known_args()
-    out = Path(options.out)
-    done = json.loads(out.read_text()) if out.exists() else []
-    for row in HALVING if options.halving else ROWS:
+    rows = HALVING if options.halving else REMEDIES if options.remedies else ROWS
+    for row in rows:
         settings = row | {"updates": options.updates}
-        if all(entry["settings"] != settings for entry in done):
-            share = round(unexplained(row, options.updates, more), 4)
-            done.append({"settings": settings, "unexplained": share})
-            print(done[-1], flush=True)
-            out.parent.mkdir(exist_ok=True)
-            temporary = out.with_suffix(".tmp")
-            temporary.write_text(json.dumps(done, indent=1) + "\n")
-            temporary.replace(out)
+        done = json.loads(Path(options.out).read_text()) if Path(options.out).exists() else []
+        if all(not same(entry, settings, options.remedies) for entry in done):
+            with tempfile.TemporaryDirectory() as folder:
+                share = round(train(row, options.updates, more, folder), 4)
+                pictures = judged(Path(folder) / "mini" / "tiny.safetensors") \
+                    if options.remedies else {}
+            keep(Path(options.out), {"settings": settings, "unexplained": share} | pictures)
+
+
+def same(entry: dict, settings: dict, with_pictures: bool) -> bool:
+    return entry["settings"] == settings and ("pictures" in entry) == with_pictures
+
+
+def keep(out: Path, row: dict) -> None:
+    """Adds a row to the file, which another process may have changed meanwhile."""
+    print(row, flush=True)
+    done = json.loads(out.read_text()) if out.exists() else []
+    out.parent.mkdir(exist_ok=True)
+    temporary = out.with_suffix(".tmp")
+    temporary.write_text(json.dumps([*done, row], indent=1) + "\n")
+    temporary.replace(out)
 
 
 if __name__ == "__main__":

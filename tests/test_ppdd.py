@@ -442,6 +442,16 @@ def test_truncated_snr_weighs_the_error_in_x():
     in_eps = ppdd.truncated_snr(t) * (e - e_hat).square().mean((1, 2, 3))
     assert ppdd.truncated_snr(t).shape == (4,)
     assert torch.allclose(in_eps, in_x, rtol=1e-5)
+    assert torch.allclose(ppdd.root_snr(t) ** 2, ppdd.truncated_snr(t))
+
+
+@pytest.mark.parametrize("weight", [ppdd.truncated_snr, ppdd.root_snr])
+def test_a_weight_weighs_each_sample_of_the_distillation_loss(unet, batch, weight):
+    guide, (_, t, *_) = trained(GuideConfig()), batch
+    plain = ppdd.cfg_distillation(unet, guide, *batch)
+    weighed = ppdd.cfg_distillation(unet, guide, *batch, weight)
+    assert weighed.loss.item() == pytest.approx((weight(t) * plain.error).mean().item(), rel=1e-5)
+    assert (weight(t) > 1).any() and weighed.unexplained == plain.unexplained
 
 
 # ------------------------------------------------------------------------------- sampling
