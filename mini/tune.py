@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import platform
 import subprocess
 import sys
 import tempfile
@@ -19,7 +20,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import ppdd  # noqa: E402
-from mini.check import World  # noqa: E402
+from mini.check import World, commit  # noqa: E402
 from mini.judge import load_judge  # noqa: E402
 
 STAGE_ONE = {"guide": "tiny", "end-steps": "64", "optimizer": "adamw"}
@@ -77,7 +78,8 @@ def main() -> None:
                 share = round(train(row, options.updates, more, folder), 4)
                 pictures = judged(Path(folder) / "mini" / "tiny.safetensors") \
                     if options.remedies else {}
-            keep(Path(options.out), {"settings": settings, "unexplained": share} | pictures)
+            keep(Path(options.out), {"settings": settings, "unexplained": share, **pictures,
+                                     "commit": commit(), "hardware": platform.machine()})
 
 
 def same(entry: dict, settings: dict, with_pictures: bool) -> bool:
