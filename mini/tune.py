@@ -3,7 +3,8 @@
 Each row is one short run of train.py on the miniature with one setting changed, judged by the share
 of the correction that its last updates leave unexplained. With --remedies the rows change what a
 guide is trained on or for, and are judged by their pictures too: how many have every attribute as
-asked, at two values of g. Rows that are there already are kept.
+asked, at two values of g. With --few the bundled guides for 8 steps are halved on, to 4 and to 2, and
+set beside what CFG and they themselves do in as few. Rows that are there already are kept.
 """
 
 from __future__ import annotations
@@ -52,13 +53,35 @@ def train(row: dict[str, str], updates: int, more: list[str], folder: str) -> fl
     return json.loads((Path(folder) / "log.jsonl").read_text().splitlines()[-1])["unexplained"]
 
 
-def judged(path: Path, steps: int = 16, count: int = 384, seed: int = 5000) -> dict:
-    """Shares of pictures of the guide in a file with all attributes right, at g = 2 and 8."""
+def judged(path: Path | None, steps: int = 16, count: int = 384, seed: int = 5000) -> dict:
+    """Shares of pictures with all attributes right, at g = 2 and 8, of a guide's file or of CFG."""
     base = ppdd.load_base(ppdd.MINI)
     world = World(base, load_judge(ROOT / "mini" / "judge.safetensors"), count, seed)
-    guide = ppdd.load_guide(path, base.unet.config)
-    right = {f"g = {g:g}": world.sampled(f"g = {g:g}", g, steps, guide)["right"] for g in (2., 8.)}
+    guide = ppdd.load_guide(path, base.unet.config) if path else None
+    right = {f"g = {g:g}": world.sampled(f"g = {g:g}", g, steps, guide, cfg=not path)["right"]
+             for g in (2., 8.)}
     return {"pictures": count, "seed": seed, "steps": steps, "right": right}
+
+
+def few(out: Path, updates: int, more: list[str]) -> None:
+    """From 8 steps to 4 and 2, longer halvings than those before; and the same steps without."""
+    done = json.loads(out.read_text()) if out.exists() else []
+    for steps in (4, 2):
+        if all(entry["settings"] != {"guide": "cfg", "steps": steps} for entry in done):
+            keep(out, {"settings": {"guide": "cfg", "steps": steps}, **judged(None, steps)})
+    for kind in ("tiny", "full"):
+        path = f"mini/guides/{kind}-8.safetensors"
+        row = {"guide": kind, "init": path, "start-steps": "8", "end-steps": "2"}
+        settings = row | {"updates": updates}
+        if any(entry["settings"].items() >= settings.items() for entry in done):
+            continue
+        with tempfile.TemporaryDirectory() as folder:
+            train(row, updates, more, folder)
+            for steps in (4, 2):
+                made = Path(folder) / "mini" / f"{kind}-{steps}.safetensors"
+                for name, file in (("made", made), ("init", ROOT / path)):
+                    keep(out, {"settings": settings | {"steps": steps, "sampled": name},
+                               **judged(file, steps)})
 
 
 def main() -> None:
@@ -67,19 +90,22 @@ def main() -> None:
     parser.add_argument("--halving", action="store_true", help="compare the halving's loss instead")
     parser.add_argument("--remedies", action="store_true", help="compare what guides are trained on"
                                                                 " and for, by their pictures")
+    parser.add_argument("--few", action="store_true", help="halve the bundled guides on, to 4 and 2")
     parser.add_argument("--out", default=str(ROOT / "results" / "tuning.json"))
     options, more = parser.parse_known_args()
+    out = Path(options.out)
+    if options.few:
+        return few(out, options.updates, more)
     rows = HALVING if options.halving else REMEDIES if options.remedies else ROWS
     for row in rows:
         settings = row | {"updates": options.updates}
-        done = json.loads(Path(options.out).read_text()) if Path(options.out).exists() else []
+        done = json.loads(out.read_text()) if out.exists() else []
         if all(not same(entry, settings, options.remedies) for entry in done):
             with tempfile.TemporaryDirectory() as folder:
                 share = round(train(row, options.updates, more, folder), 4)
                 pictures = judged(Path(folder) / "mini" / "tiny.safetensors") \
                     if options.remedies else {}
-            keep(Path(options.out), {"settings": settings, "unexplained": share, **pictures,
-                                     "commit": commit(), "hardware": platform.machine()})
+            keep(out, {"settings": settings, "unexplained": share, **pictures})
 
 
 def same(entry: dict, settings: dict, with_pictures: bool) -> bool:
@@ -88,6 +114,7 @@ def same(entry: dict, settings: dict, with_pictures: bool) -> bool:
 
 def keep(out: Path, row: dict) -> None:
     """Adds a row to the file, which another process may have changed meanwhile."""
+    row |= {"commit": commit(), "hardware": platform.machine()}
     print(row, flush=True)
     done = json.loads(out.read_text()) if out.exists() else []
     out.parent.mkdir(exist_ok=True)
