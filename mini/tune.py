@@ -3,7 +3,7 @@
 Each row is one short run of train.py on the miniature with one setting changed, judged by the share
 of the correction that its last updates leave unexplained. With --remedies the rows change what a
 guide is trained on or for, and are judged by their pictures too: how many have every attribute as
-asked, at two values of g. With --few the bundled guides for 8 steps are halved on, to 4 and to 2, and
+asked, at two values of g. With --few the bundled guides for 8 steps are halved on, to 4 and 2, and
 set beside what CFG and they themselves do in as few. Rows that are there already are kept.
 """
 
@@ -90,7 +90,7 @@ def main() -> None:
     parser.add_argument("--halving", action="store_true", help="compare the halving's loss instead")
     parser.add_argument("--remedies", action="store_true", help="compare what guides are trained on"
                                                                 " and for, by their pictures")
-    parser.add_argument("--few", action="store_true", help="halve the bundled guides on, to 4 and 2")
+    parser.add_argument("--few", action="store_true", help="halve bundled guides on, to 4 and 2")
     parser.add_argument("--out", default=str(ROOT / "results" / "tuning.json"))
     options, more = parser.parse_known_args()
     out = Path(options.out)
