@@ -163,6 +163,17 @@ def test_forward_is_encode_then_decode(mini):
     assert emb.shape == (2, 4 * MINI.model_channels)
 
 
+def test_time_and_prompt_prepared_for_a_run_are_those_of_every_step(mini):
+    z, _, c = inputs(MINI)
+    with torch.inference_mode():
+        times = torch.tensor([999, 500, 20])
+        embs, prompt = mini.prepare(mini.embed_time(times), c)
+        for emb, t in zip(embs, times, strict=True):
+            skips, h = mini.encode(z, emb, prompt)
+            out = mini.decode(skips, h, emb, prompt)
+            assert disagreement(out, mini(z, t.expand(2), c)) < 1e-5
+
+
 def test_injection_channels(mini):
     wide = [320] * 4 + [640] * 3 + [1280] * 6
     assert injection_channels(FULL) == wide
