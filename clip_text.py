@@ -147,8 +147,8 @@ def load_text_encoder(
     tensors = {name: t for name, t in tensors.items() if name not in UNUSED}
     with torch.device("meta"):  # no memory and no random numbers for weights about to be replaced
         encoder = TextEncoder(config or read_config(TextConfig, stored, path)).to(dtype)
-    load_strict(encoder, tensors, path)
-    return encoder.to(device).eval().requires_grad_(False)
+    load_strict(encoder, tensors, path, device)
+    return encoder.eval().requires_grad_(False)
 
 
 # ---------------------------------------------------------------------------------- the tokenizer

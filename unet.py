@@ -394,8 +394,8 @@ def load_unet(
     _refuse_other_unets(tensors, config, path)
     with torch.device("meta"):  # no memory and no random numbers for weights about to be replaced
         unet = UNet(config).to(dtype)
-    load_strict(unet, rename(tensors, _renames(config)), path)
-    return unet.to(device).eval().requires_grad_(False)
+    load_strict(unet, rename(tensors, _renames(config)), path, device)
+    return unet.eval().requires_grad_(False)
 
 
 def read_checkpoint(path: str | Path, part: Part) -> tuple[dict[str, Tensor], str]:
@@ -440,16 +440,20 @@ def read_config(kind: type, stored: str, source: str | Path):
         ) from error
 
 
-def load_strict(module: nn.Module, tensors: Mapping[str, Tensor], source: str | Path) -> None:
+def load_strict(
+    module: nn.Module, tensors: Mapping[str, Tensor], source: str | Path,
+    device: torch.device | str | None = None,
+) -> None:
     """Gives every parameter of `module` its tensor, cast to the parameter's dtype.
 
-    A module on the meta device takes the tensors over without a copy, and only buffers outside its
-    state dict stay there; any other module is filled in place.  1x1 convolutions accept the weight
+    A module on the meta device takes the tensors over, one by one where they need another dtype or
+    `device` and else without a copy, and only buffers outside its state dict stay there; any other
+    module is filled in place.  1x1 convolutions accept the weight
     of a linear layer.  Raises CheckpointError, naming what is missing, unexpected or of another
     shape; `source` is what the message calls the checkpoint.
     """
     wanted = module.state_dict()
-    ready = {name: _fit(tensor, wanted.get(name)) for name, tensor in tensors.items()}
+    ready = {name: _fit(tensor, wanted.get(name), device) for name, tensor in tensors.items()}
     faults = {
         "missing": [n for n in wanted if n not in ready],
         "unexpected": [n for n in ready if n not in wanted],
@@ -584,13 +588,13 @@ def _refuse_other_unets(
             raise CheckpointError(f"{source} is {base}: pass a Stable Diffusion 1.5 checkpoint")
 
 
-def _fit(tensor: Tensor, like: Tensor | None) -> Tensor:
+def _fit(tensor: Tensor, like: Tensor | None, device: torch.device | str | None) -> Tensor:
     """The tensor in the dtype of `like`; a linear weight (O, I) for a 1x1 one as (O, I, 1, 1)."""
     if like is None:
         return tensor
     if tensor.ndim == 2 and like.shape == (*tensor.shape, 1, 1):
         tensor = tensor[:, :, None, None]
-    return tensor.to(like.dtype)
+    return tensor.to(device, like.dtype)
 
 
 def _count(what: str, names: list[str]) -> str:

@@ -3,6 +3,9 @@
 import dataclasses
 import json
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from unet import CheckpointError, Encoder, UNet, UNetConfig, injection_channels, load_unet
 
+ROOT = Path(__file__).resolve().parent.parent
 PREFIX = "model.diffusion_model."
 FULL = UNetConfig()
 MINI = UNetConfig(
@@ -251,6 +255,28 @@ def test_half_precision_takes_a_float32_injection(mini):
     half = randomised(lambda: UNet(MINI)).bfloat16()
     with torch.inference_mode():
         assert half(z, t, c, y).dtype == torch.bfloat16
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("dtype, copies", [("float16", 0), ("float32", 2)])
+def test_loading_holds_no_second_copy(tmp_path, dtype, copies):
+    """The file, mapped, and what the model takes in another dtype: nothing of either twice."""
+    config, file = UNetConfig(model_channels=128), tmp_path / "m.safetensors"
+    with torch.device("meta"):
+        state = UNet(config).state_dict()
+    metadata = {"unet_config": json.dumps(dataclasses.asdict(config))}
+    save_file({PREFIX + k: torch.ones(p.shape).half() for k, p in state.items()}, file, metadata)
+    code = f"""if True:
+        import re, torch, unet
+        def peak():
+            return 1024 * int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1])
+        before = peak()
+        model = unet.load_unet({str(file)!r}, torch.{dtype})
+        assert all(p.dtype == torch.{dtype} and p.amax() == 1 for p in model.parameters())
+        print(peak() - before)"""
+    done = subprocess.run([sys.executable, "-c", code], text=True, capture_output=True, check=True,
+                          cwd=ROOT)
+    assert int(done.stdout) < (1.2 + copies) * file.stat().st_size > 2e8
 
 
 def test_autocast(mini):
