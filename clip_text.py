@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import LongTensor, Tensor, nn
 
-from unet import Part, load_strict, read_checkpoint, read_config
+from unet import Part, load_strict, normal, read_checkpoint, read_config
 
 # ------------------------------------------------------------------------------------ the network
 
@@ -42,8 +42,9 @@ class Embeddings(nn.Module):
 
     def __init__(self, config: TextConfig):
         super().__init__()
-        self.token_embedding = nn.Embedding(config.vocab_size, config.width)
-        self.position_embedding = nn.Embedding(config.positions, config.width)
+        self.token_embedding, self.position_embedding = (
+            nn.Embedding.from_pretrained(normal(count, config.width), freeze=False)
+            for count in (config.vocab_size, config.positions))
 
     def forward(self, ids: Tensor) -> Tensor:
         positions = self.position_embedding.weight[: ids.shape[1]]                  # (L, D)

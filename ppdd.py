@@ -41,6 +41,7 @@ from unet import (
     injection_channels,
     load_strict,
     load_unet,
+    normal,
 )
 from vae import VAE, load_vae
 
@@ -179,7 +180,7 @@ class TinyGuide(nn.Module):
         if config.pool == "attention":
             if width % config.queries:
                 raise CheckpointError(f"queries is {config.queries}: it must divide {width}")
-            self.query = nn.Parameter(torch.randn(config.queries, base.context_dim) * 0.1)
+            self.query = nn.Parameter(normal(config.queries, base.context_dim, std=0.1))
         elif config.pool not in ("mean", "end"):
             raise CheckpointError(f"pool is {config.pool!r}: use attention, mean or end")
         if config.form not in ("sum", "product"):

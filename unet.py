@@ -335,6 +335,12 @@ def _res_and_attention(config: UNetConfig, level: int, c_in: int, c_out: int) ->
     return [ResBlock(config, c_in, c_out), *attention]
 
 
+def normal(*shape: int, std: float = 1.0) -> Tensor:
+    """Normal random numbers; none on the meta device, where PyTorch imports SymPy to draw them."""
+    numbers = torch.empty(shape)
+    return numbers if numbers.is_meta else numbers.normal_(std=std)
+
+
 def _zero(layer: nn.Conv2d) -> nn.Conv2d:
     """Zeroes the last layer of a branch, so that a fresh network starts from its shortcuts."""
     nn.init.zeros_(layer.weight)

@@ -427,6 +427,15 @@ def test_importing_does_nothing(here):
     assert (done.stdout, done.stderr) == ("set()\n", "")
 
 
+def test_starting_imports_nothing_big_but_torch(here):
+    """PyTorch loads 900 modules more, SymPy's and Dynamo's, where one can easily do without."""
+    code = "import sys, sample; sample.main(); print({'sympy', 'torch._dynamo'} & {*sys.modules})"
+    line = ["--weights", ppdd.MINI, "--guide", "guides/toy/tiny-8.safetensors", "--device", "cpu"]
+    done = subprocess.run([sys.executable, "-c", code, *line], text=True, capture_output=True,
+                          env=os.environ | {"PYTHONPATH": str(ROOT)}, check=True)
+    assert done.stdout.endswith("\nset()\n")
+
+
 # ----------------------------------------------------------------------- diffusers' own pipeline
 
 def their_picture(file: Path, folder: Path, tokenizer, configs: tuple, side: int) -> np.ndarray:
