@@ -500,8 +500,14 @@ def find_weights(given: str | Path | None = None) -> Path:
 def load_base(path: Path, dtype: torch.dtype = torch.float32,
               device: str | torch.device = "cpu") -> Base:
     """All three networks of a checkpoint, frozen. Raises CheckpointError with one sentence."""
-    return Base(load_unet(path, dtype, device), load_vae(path, dtype, device),
-                load_text_encoder(path, dtype, device), Tokenizer(), Path(path))
+    unet, vae = (_laid_out(load(path, dtype, device)) for load in (load_unet, load_vae))
+    return Base(unet, vae, load_text_encoder(path, dtype, device), Tokenizer(), Path(path))
+
+
+def _laid_out(module: nn.Module) -> nn.Module:
+    """With channels last on a GPU, as its tensor cores take them; on a CPU that gains nothing."""
+    on_gpu = next(module.parameters()).is_cuda
+    return module.to(memory_format=torch.channels_last) if on_gpu else module
 
 
 def fingerprint(path: Path) -> str:
@@ -554,7 +560,7 @@ def load_guide(path: Path, base: UNetConfig, dtype: torch.dtype = torch.float32,
     except CheckpointError as error:
         raise CheckpointError(f"{path} was trained for a base of another size: use it with a "
                               f"checkpoint of that size, or train one for this") from error
-    return guide.to(device).eval().requires_grad_(False)
+    return _laid_out(guide.to(device)).eval().requires_grad_(False)
 
 
 # ------------------------------------------------------------------------------- keeping a run

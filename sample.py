@@ -123,9 +123,6 @@ def run(config: Config) -> None:
     path = ppdd.find_weights(config.weights)
     base = ppdd.load_base(path, DTYPES[config.dtype], config.device)
     config = fit(config, base)
-    if config.device.startswith("cuda"):     # as tensor cores want it; on a CPU it wins nothing
-        base.unet.to(memory_format=torch.channels_last)
-        base.vae.to(memory_format=torch.channels_last)
     if config.compile:
         base.vae.decode = compiled(base.vae.decode, config.device)
     print(NO_WEIGHTS if path == ppdd.MINI and not config.weights else f"base: {path}")
