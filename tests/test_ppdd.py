@@ -571,12 +571,12 @@ def test_sampling_in_half_precision_and_on_the_meta_device(unet, batch, monkeypa
 
 
 class OneDevice(TorchDispatchMode):
-    """Fails where a tensor goes from one device to another, for which the host may have to wait."""
+    """Fails where a tensor comes from a list or another device: the host may have to wait."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
         tensors = [x for x in tree_leaves((args, kwargs, out)) if isinstance(x, torch.Tensor)]
-        assert len({x.device for x in tensors}) < 2, func
+        assert len({x.device for x in tensors}) < 2 and "lift_fresh" not in str(func), func
         return out
 
 
