@@ -60,6 +60,7 @@ class Config:
     size: str = option("", "one side or WIDTHxHEIGHT; default: 512, the miniature's 64")
     sampler: str = option("ddim", "ddim or plms", choices=tuple(ppdd.SAMPLERS))
     weights: str = option("", "Stable Diffusion 1.5; default: looked for, else the miniature")
+    lora: tuple[str, ...] = option((), "LoRA files to merge into the base: FILE or FILE:scale")
     guides: str = option("", "folder to look for guides in before guides/ and mini/guides/")
     device: str = option("", "cuda or cpu; default: cuda where there is one")
     dtype: str = option("auto", "auto: bf16 on CUDA, else fp32",
@@ -119,8 +120,10 @@ def run(config: Config) -> None:
     out = writable_folder(config.out)
     path = ppdd.find_weights(config.weights)
     base = ppdd.load_base(path, DTYPES[config.dtype], config.device)
+    loras = ppdd.merge_loras(base, config.lora)
     config = fit(config, base)
-    print(NO_WEIGHTS if path == ppdd.MINI and not config.weights else f"base: {path}")
+    print(NO_WEIGHTS if path == ppdd.MINI and not config.weights else f"base: {path}",
+          *loras, sep="\n")
     print(f"g = {config.g:g} (guidance scale {1 + config.g:g} elsewhere)")
     prompts = [prompt for prompt in config.prompt for _ in range(config.n)]
     shots = [Shot(prompt, config.seed + k) for k, prompt in enumerate(prompts)]
@@ -208,6 +211,8 @@ def check(config: Config) -> None:
     ):
         if wrong:
             raise BadInput(sentence)
+    for lora in config.lora:
+        ppdd.lora_scale(lora)
     if not named:
         ppdd.read_about(Path(config.guide).expanduser())
     sides(config.size or "512")
@@ -375,10 +380,12 @@ def parameters(config: Config, base: Base, method: Method, shot: Shot, digest: s
         return json.dumps(name) if re.search(r'[,:"]', name) else name
 
     negative = f"Negative prompt: {config.negative}\n" if config.negative else ""
+    loras = ", ".join(f"{path.stem}:{scale:g}" for path, scale in base.loras)
+    lora = f"LoRA: {quoted(loras)}, " if loras else ""
     return (f"{shot.prompt}\n{negative}Steps: {config.steps}, Sampler: {config.sampler.upper()}, "
             f"CFG scale: {1 + config.g:g}, Seed: {shot.seed}, Size: {config.size}, "
             f"Model hash: {digest[:10]}, Model: {quoted(base.name)}, "
-            f"Guide: {quoted(method.name)}, g: {config.g:g}, Version: ppdd")
+            f"{lora}Guide: {quoted(method.name)}, g: {config.g:g}, Version: ppdd")
 
 
 def contact_sheet(images: list[Image.Image]) -> Image.Image:
@@ -500,7 +507,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = command_line()
     given = parser.parse_args(argv)
     try:
-        run(Config(**vars(given) | {"prompt": tuple(given.prompt)}))
+        run(Config(**{k: tuple(v) if isinstance(v, list) else v for k, v in vars(given).items()}))
     except KeyboardInterrupt:
         parser.exit(130, "stopped; the pictures of finished batches are kept\n")
     except torch.cuda.OutOfMemoryError:

@@ -6,7 +6,7 @@ middle; `decode` runs the output blocks on the skips, to which a guide's `y` may
 and student see the same latent, time and prompt in the encoder, so one `encode` serves both.
 
 Modules carry the names of the official single-file checkpoint less `model.diffusion_model.`: its
-keys are the state dict.  Names of the diffusers folder layout go through one table, `_renames`.
+keys are the state dict.  Names of the diffusers folder layout go through one table, `renames`.
 
 Shapes: B batch, C channels, H and W rows and columns of the latent (an eighth of the image),
 N = H * W positions, L tokens of the prompt, D width of a token, E = 4 * model_channels, A heads.
@@ -14,7 +14,7 @@ N = H * W positions, L tokens of the prompt, D width of a token, E = 4 * model_c
 
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -336,10 +336,17 @@ PART = Part(
     "UNet", ("model.diffusion_model.",), "unet", "diffusion_pytorch_model", "unet_config"
 )
 
+_PICKLE = (  # the command runs no code of the pickle's
+    "a pickle, which can run code when opened: pass a .safetensors file, or make one with "
+    "python -c \"import torch, safetensors.torch as s; "
+    "d = torch.load('FILE', 'cpu', weights_only=True); d = d.get('state_dict', d); "
+    "s.save_file({k: v.clone() for k, v in d.items() if hasattr(v, 'dtype')}, "
+    "'FILE.safetensors')\""
+)
 # What the first bytes of a file that is not a safetensors file say that it is.
 _NOT_WEIGHTS = {
-    b"PK\x03\x04": "a pickle, which can run code when opened: pass a .safetensors file",
-    b"\x80\x02\x8a": "a pickle, which can run code when opened: pass a .safetensors file",
+    b"PK\x03\x04": _PICKLE,
+    b"\x80": _PICKLE,
     b"<": "a web page saved under a model's name: download the file itself",
     b"version https://git-lfs": "a Git LFS pointer, not the weights: run `git lfs pull` there",
 }
@@ -366,7 +373,7 @@ def load_unet(
     _refuse_other_unets(tensors, config, path)
     with torch.device("meta"):  # no memory and no random numbers for weights about to be replaced
         unet = UNet(config).to(dtype)
-    load_strict(unet, rename(tensors, _renames(config)), path)
+    load_strict(unet, rename(tensors, renames(config)), path)
     return unet.to(device).eval().requires_grad_(False)
 
 
@@ -385,11 +392,36 @@ def read_checkpoint(path: str | Path, part: Part) -> tuple[dict[str, Tensor], st
         files, prefixes = [path], part.prefixes
     tensors, config = {}, "{}"
     for file in files:
-        with _open(file) as opened:
-            names = _select(file, opened.keys(), part, prefixes)
-            tensors |= {short: opened.get_tensor(name) for short, name in names.items()}
-            config = (opened.metadata() or {}).get(part.config, config)
+        found, metadata = read_file(
+            file, lambda names, file=file: _select(file, names, part, prefixes))
+        tensors |= found
+        config = metadata.get(part.config, config)
     return tensors, config
+
+
+def read_file(
+    path: Path, choose: Callable[[list[str]], dict[str, str]] = lambda names: {n: n for n in names}
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and metadata of a safetensors file, memory mapped; no pickle is ever opened.
+
+    `choose` is given the names of all tensors, and returns those to read, each under the name to
+    return it by.  Raises CheckpointError, with the sentence that says what the file is.
+    """
+    try:
+        if path.exists() and not path.is_file():  # a pipe would be waited for
+            raise CheckpointError(f"{path} is not a file: pass a .safetensors file")
+        with safe_open(path, framework="pt") as opened:
+            names = choose(list(opened.keys()))
+            tensors = {short: opened.get_tensor(name) for short, name in names.items()}
+            return tensors, opened.metadata() or {}
+    except FileNotFoundError as error:
+        raise CheckpointError(
+            f"{path} does not exist: pass a .safetensors file or a model's folder"
+        ) from error
+    except OSError as error:
+        raise CheckpointError(f"{path} can't be read ({error.strerror or error})") from error
+    except SafetensorError as error:  # not sooner: a good file may begin with these bytes as well
+        raise CheckpointError(f"{path} is {_what_it_is(path, error)}") from error
 
 
 def read_config(kind: type, stored: str, source: str | Path):
@@ -451,7 +483,7 @@ def rename(tensors: Mapping[str, Tensor], table: Mapping[str, str]) -> dict[str,
     return {new(name): tensor for name, tensor in tensors.items()}
 
 
-def _renames(config: UNetConfig) -> dict[str, str]:
+def renames(config: UNetConfig) -> dict[str, str]:
     """Folder names to single-file names: numbered by level and kind there, in one row here."""
     levels, depth = range(len(config.channel_mult)), config.num_res_blocks
     places = {f"mid_block.resnets.{i}.": f"middle_block.{2 * i}." for i in range(2)}
@@ -479,6 +511,12 @@ def _renames(config: UNetConfig) -> dict[str, str]:
     }
 
 
+def folder_name(name: str, table: Mapping[str, str]) -> str:
+    """The folder layout's name of a single-file name: the table of `renames`, read backwards."""
+    matches = (old + name[len(new):] for old, new in table.items() if name.startswith(new))
+    return next(reversed([name, *matches]))  # where two match, the later is the narrower
+
+
 def _select(path: Path, names: Iterable[str], part: Part, prefixes: tuple[str, ...]) -> dict:
     """The names that belong to `part`, by what is left of them without their prefix."""
     plain = {name.removeprefix("state_dict."): name for name in names}
@@ -504,21 +542,13 @@ def _select(path: Path, names: Iterable[str], part: Part, prefixes: tuple[str, .
     return {short: full for short, full in chosen.items() if not short.startswith(left_over)}
 
 
-def _open(path: Path) -> safe_open:
-    """An open safetensors file, or the sentence that says why there is none."""
-    try:
-        return safe_open(path, framework="pt")
-    except FileNotFoundError as error:
-        raise CheckpointError(
-            f"{path} does not exist: pass a .safetensors file or a model's folder"
-        ) from error
-    except SafetensorError as error:  # not sooner: a good file may begin with these bytes as well
-        with path.open("rb") as file:
-            head = file.read(64).lstrip()
-        known = (what for start, what in _NOT_WEIGHTS.items() if head.startswith(start))
-        unknown = f"cut short or not a safetensors file ({error}): download it again"
-        what = next(known, unknown) if head else "empty: download it again"
-        raise CheckpointError(f"{path} is {what}") from error
+def _what_it_is(path: Path, error: Exception) -> str:
+    """What a file that is not safetensors is, from its first bytes, and what to do about it."""
+    with path.open("rb") as file:
+        head = file.read(64).lstrip()
+    known = (what for start, what in _NOT_WEIGHTS.items() if head.startswith(start))
+    unknown = f"cut short or not a safetensors file ({error}): download it again"
+    return next(known, unknown).replace("FILE", str(path)) if head else "empty: download it again"
 
 
 def _files_in_folder(path: Path, part: Part) -> list[Path]:
