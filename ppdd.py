@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import re
 from collections import defaultdict
@@ -29,7 +30,6 @@ from itertools import pairwise
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -38,12 +38,14 @@ from clip_text import TextEncoder, Tokenizer, embed, load_text_encoder
 from unet import (
     CheckpointError,
     Encoder,
+    Misfit,
     UNet,
     UNetConfig,
     folder_name,
     injection_channels,
     load_strict,
     load_unet,
+    read_config,
     read_file,
     renames,
 )
@@ -171,7 +173,7 @@ class TinyGuide(nn.Module):
 
     def __init__(self, base: UNetConfig, config: GuideConfig = GuideConfig()):
         super().__init__()
-        self.guide_config = config
+        self.config, self.guide_config = base, config
         width = config.width or 2 * base.model_channels
         self.theta_z1 = nn.Linear(4 * base.model_channels, width, bias=False)
         self.theta_z2 = nn.Linear(base.context_dim, width, bias=False)
@@ -642,38 +644,116 @@ def build_guide(base: UNetConfig, config: GuideConfig) -> nn.Module:
 
 
 def save_guide(path: Path, guide: nn.Module, config: GuideConfig, about: dict) -> None:
-    """fp16 safetensors; metadata `guide` (its configuration) and `about` (base, stage, …)."""
+    """fp16 safetensors; metadata `guide` (its configuration), `about` (base, stage, …) and
+    `unet_config` (the base's shape)."""
     tensors = {k: v.half() for k, v in guide.state_dict().items()}
-    save_tensors(path, tensors, {"guide": json.dumps(asdict(config)), "about": json.dumps(about)})
+    metadata = {"guide": asdict(config), "about": about, "unet_config": asdict(guide.config)}
+    save_tensors(path, tensors, {key: json.dumps(value) for key, value in metadata.items()})
 
 
 def read_about(path: Path) -> tuple[GuideConfig, dict]:
     """A guide file's configuration and what it says of itself, without its weights."""
+    config, about, _ = _read_metadata(path)
+    return config, about
+
+
+def read_shape(path: Path) -> UNetConfig | None:
+    """The shape of the base a guide was trained for; files of before it was noted say None."""
+    return _read_metadata(path)[2]
+
+
+def _read_metadata(path: str | Path) -> tuple[GuideConfig, dict, UNetConfig | None]:
     try:
-        with safe_open(path, framework="pt") as opened:
-            metadata = opened.metadata() or {}
-        return GuideConfig(**json.loads(metadata["guide"])), json.loads(metadata["about"])
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{path} does not exist: pass a guide that train.py saved") from error
-    except (SafetensorError, KeyError, TypeError, ValueError, OSError) as error:
+        _, metadata = read_file(path, lambda names: {})
+        config = read_config(GuideConfig, metadata["guide"], path)
+        about = json.loads(metadata["about"])
+        low, high = about.get("g_range") or (0, 1)
+        if not (0 <= (about.get("steps") or 0) <= TIMESTEPS and math.isfinite(high - low)):
+            raise ValueError("steps or g_range")
+        shape = metadata.get("unet_config")
+        return config, about, shape and read_config(UNetConfig, shape, path)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        if not Path(path).exists():
+            raise CheckpointError(
+                f"{path} does not exist: pass a guide that train.py saved") from error
         raise CheckpointError(f"{path} is not a guide: pass a .safetensors that train.py saved, "
                               "or tiny, full, cfg or none") from error
 
 
 def load_guide(path: Path, base: UNetConfig, dtype: torch.dtype = torch.float32,
                device: str | torch.device = "cpu") -> nn.Module:
-    """The guide in a file, for a base of the shapes it was made for; eval mode, no gradients."""
-    config, _ = read_about(path)
+    """The guide in a file, for a base of the shape it was made for; eval mode, no gradients.
+
+    Raises CheckpointError, with both shapes where the file notes its own.
+    """
+    config, _, shape = _read_metadata(path)
+    if shape not in (None, base):
+        there, here = asdict(shape), asdict(base)
+        said = ", ".join(f"{k} {there[k]} and not {here[k]}" for k in here if there[k] != here[k])
+        raise CheckpointError(f"{path} was trained for a base of another size ({said}): use it "
+                              "with a checkpoint of that size, or train one for this")
+    tensors, _ = read_file(path)
     with torch.device("meta"):
         guide = build_guide(base, config).to(dtype)
-    with safe_open(path, framework="pt") as opened:
-        tensors = {name: opened.get_tensor(name) for name in opened.keys()}
     try:
         load_strict(guide, tensors, path)
-    except CheckpointError as error:
+    except Misfit as error:
         raise CheckpointError(f"{path} was trained for a base of another size: use it with a "
                               f"checkpoint of that size, or train one for this") from error
     return guide.to(device).eval().requires_grad_(False)
+
+
+# ------------------------------------------------------------------------------- guides elsewhere
+
+def save_controlnet(folder: Path, guide: FullGuide, name: str) -> Path:
+    """A full guide as the ControlNet that it is, fp16, in both layouts that other tools read.
+
+    config.json and diffusion_pytorch_model.safetensors are the folder layout of diffusers;
+    NAME-controlnet.safetensors is the single file, in ControlNet's own names after
+    "control_model.". Both take a plain grey picture of value g / 10 as the hint. Returns the
+    single file's path.
+    """
+    tensors = {k: v.half() for k, v in guide.state_dict().items()}
+    table = renames(guide.config) | {
+        "controlnet_cond_embedding.conv_in.": "input_hint_block.0.",
+        "controlnet_cond_embedding.conv_out.": "input_hint_block.14.",
+        "controlnet_mid_block.": "middle_block_out.0."}
+    table |= {f"controlnet_cond_embedding.blocks.{i}.": f"input_hint_block.{2 * i + 2}."
+              for i in range(6)}
+    table |= {f"controlnet_down_blocks.{i}.": f"zero_convs.{i}.0."
+              for i in range(len(guide.zero_convs))}
+    single = folder / f"{name}-controlnet.safetensors"
+    save_tensors(single, {f"control_model.{k}": v for k, v in tensors.items()})
+    save_tensors(folder / "diffusion_pytorch_model.safetensors",
+                 {folder_name(k, table): v for k, v in tensors.items()}, {"format": "pt"})
+    temporary = folder / f".config.json.{os.getpid()}.tmp"
+    temporary.write_text(json.dumps(_controlnet_config(guide), indent=2, sort_keys=True) + "\n")
+    temporary.replace(folder / "config.json")
+    return single
+
+
+def _controlnet_config(guide: FullGuide) -> dict:
+    base, hint = guide.config, guide.input_hint_block[0].out_channels
+    kinds = ["CrossAttnDownBlock2D" if attention else "DownBlock2D" for attention in base.attention]
+    return {
+        "_class_name": "ControlNetModel", "in_channels": base.in_channels,
+        "block_out_channels": [base.model_channels * m for m in base.channel_mult],
+        "layers_per_block": base.num_res_blocks, "down_block_types": kinds,
+        "cross_attention_dim": base.context_dim, "attention_head_dim": base.num_heads,
+        "norm_num_groups": base.norm_groups,
+        "conditioning_embedding_out_channels": [hint, 2 * hint, 6 * hint, 16 * hint]}
+
+
+def residuals(guide: TinyGuide, unet: nn.Module, g: float, t: Tensor, c: Tensor) -> dict:
+    """What a tiny guide adds, as the keyword arguments of diffusers' UNet2DConditionModel.
+
+    unet is that model; t a timestep or (B,); c the prompt's states (B, L, D): unet(z, t,
+    encoder_hidden_states=c, **residuals(guide, unet, g, t, c)).
+    """
+    t, gs = t.to(c.device).expand(len(c)), torch.full((len(c),), float(g), device=c.device)
+    emb = unet.time_embedding(unet.time_proj(t).to(c.dtype))
+    *down, middle = guide(gs, emb, c)
+    return {"down_block_additional_residuals": down, "mid_block_additional_residual": middle}
 
 
 # ------------------------------------------------------------------------------- keeping a run

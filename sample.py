@@ -67,6 +67,9 @@ class Config:
                         choices=("auto", "fp32", "bf16", "fp16"))
     batch: int = option(8, "pictures sampled together")
     out: str = option("out", "folder of the pictures; nothing in it is overwritten")
+    export: str = option("", "folder to write the full guide to, as a ControlNet for other tools; "
+                             "paints nothing")
+    about: str = option("", "a guide file: prints what it says of itself; paints nothing")
     compare: bool = option(False, "one sheet of no guidance, CFG, full guide and tiny guide")
 
 
@@ -115,9 +118,11 @@ class Method(NamedTuple):
 
 def run(config: Config) -> None:
     """All that the command does. Raises BadInput, CheckpointError or OSError with one sentence."""
+    if config.about:
+        return print(json.dumps(about(Path(config.about)), indent=1, sort_keys=True))
     config = settle(config)
     check(config)
-    out = writable_folder(config.out)
+    out = writable_folder(config.export or config.out)
     path = ppdd.find_weights(config.weights)
     base = ppdd.load_base(path, DTYPES[config.dtype], config.device)
     loras = ppdd.merge_loras(base, config.lora)
@@ -125,6 +130,8 @@ def run(config: Config) -> None:
     print(NO_WEIGHTS if path == ppdd.MINI and not config.weights else f"base: {path}",
           *loras, sep="\n")
     print(f"g = {config.g:g} (guidance scale {1 + config.g:g} elsewhere)")
+    if config.export:
+        return export(config, base, out)
     prompts = [prompt for prompt in config.prompt for _ in range(config.n)]
     shots = [Shot(prompt, config.seed + k) for k, prompt in enumerate(prompts)]
     (compare if config.compare else write)(config, base, shots, out)
@@ -302,6 +309,24 @@ def find_guide(config: Config, base: Base, kind: str) -> Path | None:
     return next((path for *_, path in sorted(ranked) if fits(path, base.unet.config)), None)
 
 
+def about(path: Path) -> dict:
+    """All that a guide file says of itself; no weights are read."""
+    made, said = ppdd.read_about(path)
+    shape = ppdd.read_shape(path)
+    return said | {"guide": asdict(made), "base_shape": shape and asdict(shape)}
+
+
+def export(config: Config, base: Base, folder: Path) -> None:
+    """Writes a full guide as the ControlNet it is."""
+    method = find_method(config, base, config.guide)
+    if method.kind != "full":
+        raise BadInput(f"--export: {method.name} is not a full guide, and only that is a "
+                       "ControlNet; for a tiny one see ppdd.residuals")
+    single = ppdd.save_controlnet(folder, method.guide, method.name)
+    print(f"{folder}: a ControlNet in diffusers' layout; {single}: the same in one file; both fp16"
+          "\nits picture is plain grey, g / 10 of white: 204 of 255 for g = 8; guidance scale 1")
+
+
 def far(about: dict, steps: int) -> tuple[bool, float]:
     """How ill a guide suits so many steps: is it of the wrong stage, and by which ratio."""
     made_for = about.get("steps") or 64                      # stage one: of whatever schedule
@@ -310,11 +335,15 @@ def far(about: dict, steps: int) -> tuple[bool, float]:
 
 def fits(path: Path, base: UNetConfig) -> bool:
     """Whether a guide's tensors have the shapes that this base asks for; no weights are read."""
-    with torch.device("meta"):
-        guide = ppdd.build_guide(base, ppdd.read_about(path)[0])
-    with safe_open(path, framework="pt") as opened:
-        shapes = {name: opened.get_slice(name).get_shape() for name in opened.keys()}
-    return shapes == {name: list(tensor.shape) for name, tensor in guide.state_dict().items()}
+    try:
+        with torch.device("meta"):
+            guide = ppdd.build_guide(base, ppdd.read_about(path)[0])
+        with safe_open(path, framework="pt") as opened:
+            shapes = {name: opened.get_slice(name).get_shape() for name in opened.keys()}
+    except CheckpointError:
+        return False
+    return ppdd.read_shape(path) in (None, base) and shapes == {
+        name: list(tensor.shape) for name, tensor in guide.state_dict().items()}
 
 
 def describe(path: Path, about: dict, base: Base) -> str:

@@ -321,6 +321,10 @@ class CheckpointError(ValueError):
     """A checkpoint that can't be used; the message says what it is and what to pass instead."""
 
 
+class Misfit(CheckpointError):
+    """Tensors that are not those of the network that is to take them."""
+
+
 @dataclass(frozen=True)
 class Part:
     """Where one model lies: its keys in a single file, its folder and file in the other layout."""
@@ -400,18 +404,21 @@ def read_checkpoint(path: str | Path, part: Part) -> tuple[dict[str, Tensor], st
 
 
 def read_file(
-    path: Path, choose: Callable[[list[str]], dict[str, str]] = lambda names: {n: n for n in names}
+    path: str | Path, choose: Callable[[list[str]], dict[str, str]] | None = None
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Tensors and metadata of a safetensors file, memory mapped; no pickle is ever opened.
 
     `choose` is given the names of all tensors, and returns those to read, each under the name to
-    return it by.  Raises CheckpointError, with the sentence that says what the file is.
+    return it by; None reads all.  Raises CheckpointError, with the sentence that says what the file
+    is.
     """
+    path = Path(path)
     try:
         if path.exists() and not path.is_file():  # a pipe would be waited for
             raise CheckpointError(f"{path} is not a file: pass a .safetensors file")
         with safe_open(path, framework="pt") as opened:
-            names = choose(list(opened.keys()))
+            names = list(opened.keys())
+            names = choose(names) if choose else dict(zip(names, names))
             tensors = {short: opened.get_tensor(name) for short, name in names.items()}
             return tensors, opened.metadata() or {}
     except FileNotFoundError as error:
@@ -449,14 +456,16 @@ def load_strict(module: nn.Module, tensors: Mapping[str, Tensor], source: str | 
 
     A module on the meta device takes the tensors over without a copy, and only buffers outside its
     state dict stay there; any other module is filled in place.  1x1 convolutions accept the weight
-    of a linear layer.  Raises CheckpointError, naming what is missing, unexpected or of another
-    shape; `source` is what the message calls the checkpoint.
+    of a linear layer.  Raises Misfit, naming what is missing, unexpected or of another shape, and
+    CheckpointError for numbers that are not finite, in the parameter's dtype; `source` is what the
+    message calls the checkpoint.
     """
     wanted = module.state_dict()
     ready = {name: _fit(tensor, wanted.get(name)) for name, tensor in tensors.items()}
     faults = {
         "missing": [n for n in wanted if n not in ready],
         "unexpected": [n for n in ready if n not in wanted],
+        "not of numbers": [n for n in wanted if n in ready and not tensors[n].is_floating_point()],
         "of another shape": [
             f"{n} {tuple(ready[n].shape)} for {tuple(wanted[n].shape)}"
             for n in wanted if n in ready and ready[n].shape != wanted[n].shape
@@ -464,9 +473,14 @@ def load_strict(module: nn.Module, tensors: Mapping[str, Tensor], source: str | 
     }
     if any(faults.values()):
         found = "; ".join(_count(what, names) for what, names in faults.items() if names)
-        raise CheckpointError(
+        raise Misfit(
             f"{source} does not fit {type(module).__name__} ({found}): "
             "pass a Stable Diffusion 1.5 checkpoint, or one of the sizes configured"
+        )
+    if broken := [name for name, tensor in ready.items() if not _is_finite(tensor)]:
+        raise CheckpointError(
+            f"{source} is damaged ({_count('with numbers that are not finite', broken)}): "
+            "download it again, or pass another"
         )
     assign = all(p.is_meta for p in wanted.values())
     module.load_state_dict(ready, assign=assign)
@@ -593,6 +607,11 @@ def _fit(tensor: Tensor, like: Tensor | None) -> Tensor:
     if tensor.ndim == 2 and like.shape == (*tensor.shape, 1, 1):
         tensor = tensor[:, :, None, None]
     return tensor.to(like.dtype)
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    """Whether all numbers are: a sum shows it at the price of reading them once."""
+    return tensor.is_meta or bool(tensor.sum(dtype=torch.float32).isfinite())
 
 
 def _count(what: str, names: list[str]) -> str:

@@ -5,24 +5,42 @@ The well-known libraries write the files and are the reference for what they mea
 
 import json
 import re
-from dataclasses import replace
+import shutil
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import disagreement, noise, randomised
-from diffusers import StableDiffusionPipeline
+from diffusers import (
+    AutoencoderKL,
+    ControlNetModel,
+    DDIMScheduler,
+    StableDiffusionControlNetPipeline,
+    StableDiffusionPipeline,
+)
 from diffusers.loaders.lora_conversion_utils import _convert_non_diffusers_lora_to_diffusers
+from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from test_clip_text import reference_encoder
-from test_sample import TEXT, UNET, command, difference, here, toys  # noqa: F401 (fixtures)
+from test_sample import (  # noqa: F401 (fixtures)
+    TEXT,
+    UNET,
+    command,
+    difference,
+    here,
+    refusal,
+    toys,
+    write_guide,
+)
 from test_unet import diffusers_unet, inputs, predict
 from torch import nn
 
 import ppdd
 import sample
-from unet import CheckpointError, load_unet
+from unet import CheckpointError, UNetConfig, load_unet
 
 RANK = 3
 
@@ -265,3 +283,132 @@ def test_a_guide_plugs_into_a_base_with_a_lora(here, toys, theirs, capsys):  # n
     hashes = {ppdd.fingerprint(toys / "toy.safetensors", loras) for loras in
               ((), [(Path("style.safetensors"), 1.0)], [(Path("style.safetensors"), 0.5)])}
     assert len(hashes) == 3 and digest in hashes
+
+
+# ------------------------------------------------------------------------------------- guides out
+
+TRAILING = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear",
+            "timestep_spacing": "trailing", "set_alpha_to_one": True, "clip_sample": False}
+
+
+def their_unet(unet) -> nn.Module:
+    """diffusers' UNet with the weights of ours."""
+    theirs = diffusers_unet(unet.config)
+    prefixed = {"model.diffusion_model." + k: v for k, v in unet.state_dict().items()}
+    theirs.load_state_dict(convert_ldm_unet_checkpoint(prefixed, dict(theirs.config)))
+    return theirs.eval().requires_grad_(False)
+
+
+@pytest.fixture(scope="module")
+def mini():
+    return ppdd.load_base(ppdd.MINI)
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    """A folder with the miniature's full guide as a ControlNet."""
+    folder = tmp_path_factory.mktemp("exported")
+    sample.main(["--guide", "full", "--weights", "mini", "--export", str(folder)])
+    return folder
+
+
+BUNDLED = ppdd.MINI.parent / "guides"
+PROMPTS = ["a big red boat on the sea at sunset", "a tiny yellow tree in the snow"]
+
+
+def ours_of(mini, name: str, g: float):
+    guide = ppdd.load_guide(BUNDLED / f"{name}.safetensors", mini.unet.config)
+    z, c = ppdd.noise([3, 4], (4, 8, 8)), mini.embed(PROMPTS)
+    return ppdd.sample(mini.unet, z, c, g, 8, guide), z, c, guide
+
+
+@pytest.mark.parametrize("g", [8.0, 3.3])
+@pytest.mark.parametrize("single", [False, True], ids=["folder", "single"])
+def test_an_exported_guide_is_a_controlnet(mini, exported, tmp_path, g, single):
+    """diffusers' pipeline with guidance off and a plain grey picture gives our latents."""
+    expected, z, c, _ = ours_of(mini, "full-8", g)
+    if single:
+        shutil.copy(exported / "config.json", tmp_path)
+        control = ControlNetModel.from_single_file(
+            exported / "full-8-controlnet.safetensors", config=str(tmp_path), local_files_only=True)
+    else:
+        control = ControlNetModel.from_pretrained(exported, torch_dtype=torch.float32)
+    vae = AutoencoderKL(block_out_channels=[4] * 4, norm_num_groups=4, layers_per_block=1,
+                        down_block_types=["DownEncoderBlock2D"] * 4,      # only its 8 is asked for
+                        up_block_types=["UpDecoderBlock2D"] * 4)
+    pipe = StableDiffusionControlNetPipeline(
+        vae, None, None, their_unet(mini.unet), control, DDIMScheduler(**TRAILING), None, None,
+        requires_safety_checker=False)
+    pipe.set_progress_bar_config(disable=True)
+    theirs = pipe(prompt_embeds=c, image=torch.full((1, 3, 64, 64), g / 10), guidance_scale=1.0,
+                  num_inference_steps=8, latents=z, height=64, width=64, output_type="latent")
+    assert disagreement(theirs.images, expected) < 1e-4
+    if g == 8.0:
+        grey = Image.new("RGB", (64, 64), (204, 204, 204))
+        theirs = pipe(prompt_embeds=c, image=grey, guidance_scale=1.0, latents=z, height=64,
+                      width=64, num_inference_steps=8, output_type="latent")
+        assert disagreement(theirs.images, expected) < 1e-4
+
+
+def test_an_exported_guide_has_the_names_that_other_tools_look_for(exported):
+    """At SD 1.5's size they are those of the ControlNet that everyone has."""
+    single = load_file(exported / "full-8-controlnet.safetensors")
+    assert {v.dtype for v in single.values()} == {torch.float16}
+    assert all(name.startswith("control_model.") for name in single)
+    assert "control_model.zero_convs.0.0.weight" in single
+    assert "control_model.input_hint_block.14.bias" in single
+    with torch.device("meta"):
+        guide, theirs = ppdd.FullGuide(UNetConfig()), ControlNetModel(cross_attention_dim=768)
+        config = ppdd._controlnet_config(guide)
+        same = ControlNetModel.from_config(config)
+    shapes = [{k: v.shape for k, v in model.state_dict().items()} for model in (theirs, same)]
+    assert shapes[0] == shapes[1]
+    assert theirs.config.attention_head_dim == config["attention_head_dim"]
+
+
+def test_only_a_full_guide_is_exported(here, capsys):  # noqa: F811
+    said = refusal(capsys, "--guide", "tiny", "--export", "there")
+    assert "not a full guide" in said and not list(Path("there").iterdir())
+    assert not Path("out").exists()
+
+
+@pytest.mark.parametrize("name", ["tiny-8", "tiny"])
+def test_a_tiny_guide_in_diffusers_own_loop(mini, name):
+    expected, z, c, guide = ours_of(mini, name, 6.0)
+    unet, scheduler = their_unet(mini.unet), DDIMScheduler(**TRAILING)
+    scheduler.set_timesteps(8)
+    with torch.no_grad():
+        for t in scheduler.timesteps:
+            extra = ppdd.residuals(guide, unet, 6.0, t, c)
+            eps = unet(z, t, encoder_hidden_states=c, **extra).sample
+            z = scheduler.step(eps, t, z).prev_sample
+    assert disagreement(z, expected) < 1e-4
+
+
+def test_a_guide_file_is_told_about(here, toys, capsys):  # noqa: F811
+    sample.main(["--about", "guides/toy/full-8.safetensors"])
+    said = capsys.readouterr().out
+    about = json.loads(said)
+    assert about["base"] == "toy" and about["guide"]["kind"] == "full" and about["steps"] == 8
+    assert about["base_shape"] == json.loads(json.dumps(asdict(UNET)))
+    assert said == json.dumps(about, indent=1, sort_keys=True) + "\n"
+    assert not Path("out").exists()
+    assert "is not a guide" in refusal(capsys, "--about", f"{toys}/toy.safetensors")
+    assert "does not exist" in refusal(capsys, "--about", "nowhere.safetensors")
+
+
+@pytest.mark.parametrize("kind", ["tiny", "full"])
+def test_a_guide_says_both_shapes_on_another_base(tmp_path, kind):
+    path = write_guide(tmp_path / "guide.safetensors", UNET, kind, 8)
+    assert ppdd.read_shape(path) == UNET
+    other = replace(UNET, context_dim=48, num_heads=8)
+    with pytest.raises(CheckpointError, match=r"another size \(num_heads 4 and not 8, context_dim "
+                                              r"32 and not 48\)"):
+        ppdd.load_guide(path, other)
+    with safe_open(path, framework="pt") as opened:
+        metadata = opened.metadata()
+    del metadata["unet_config"]                                             # as older files are
+    save_file(load_file(path), path, metadata)
+    assert ppdd.read_shape(path) is None and ppdd.load_guide(path, UNET).guide_config.kind == kind
+    with pytest.raises(CheckpointError, match="another size: use it"):
+        ppdd.load_guide(path, other)
