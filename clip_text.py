@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import LongTensor, Tensor, nn
 
-from unet import Part, load_strict, read_checkpoint, read_config
+from unet import Part, build, load_strict, read_checkpoint, read_config
 
 # ------------------------------------------------------------------------------------ the network
 
@@ -35,6 +35,10 @@ class TextConfig:
     width: int = 768
     layers: int = 12
     heads: int = 12
+
+    def __post_init__(self):
+        if self.width % self.heads:
+            raise ValueError(f"heads is {self.heads}: it must divide {self.width}")
 
 
 class Embeddings(nn.Module):
@@ -145,8 +149,8 @@ def load_text_encoder(
     tensors, stored = read_checkpoint(path, PART)
     tensors = {name.removeprefix("text_model."): t for name, t in tensors.items()}
     tensors = {name: t for name, t in tensors.items() if name not in UNUSED}
-    with torch.device("meta"):  # no memory and no random numbers for weights about to be replaced
-        encoder = TextEncoder(config or read_config(TextConfig, stored, path)).to(dtype)
+    config = config or read_config(TextConfig, stored, path)
+    encoder = build(lambda: TextEncoder(config), path).to(dtype)
     load_strict(encoder, tensors, path)
     return encoder.to(device).eval().requires_grad_(False)
 

@@ -41,6 +41,7 @@ from unet import (
     Misfit,
     UNet,
     UNetConfig,
+    build,
     folder_name,
     injection_channels,
     load_strict,
@@ -598,7 +599,7 @@ def _lora_alphas(tensors: dict[str, Tensor], metadata: dict,
             if f"{part}.lora_alpha" in written:
                 said[short] = float(written[f"{part}.lora_alpha"])
         said |= {_flat(k[:-6]): v.item() for k, v in tensors.items() if k.endswith(".alpha")}
-    except (ValueError, TypeError, AttributeError, RuntimeError) as error:
+    except (ValueError, TypeError, AttributeError, RuntimeError, RecursionError) as error:
         raise CheckpointError(f"{path} holds an alpha that can't be read ({error}): download it "
                               "again") from error
 
@@ -671,9 +672,9 @@ def _read_metadata(path: str | Path) -> tuple[GuideConfig, dict, UNetConfig | No
         if not (0 <= (about.get("steps") or 0) <= TIMESTEPS and math.isfinite(high - low)):
             raise ValueError("steps or g_range")
         shape = metadata.get("unet_config")
-        return config, about, shape and read_config(UNetConfig, shape, path)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        if not Path(path).exists():
+        return config, about, None if shape is None else read_config(UNetConfig, shape, path)
+    except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
+        if not os.path.exists(path):
             raise CheckpointError(
                 f"{path} does not exist: pass a guide that train.py saved") from error
         raise CheckpointError(f"{path} is not a guide: pass a .safetensors that train.py saved, "
@@ -693,8 +694,7 @@ def load_guide(path: Path, base: UNetConfig, dtype: torch.dtype = torch.float32,
         raise CheckpointError(f"{path} was trained for a base of another size ({said}): use it "
                               "with a checkpoint of that size, or train one for this")
     tensors, _ = read_file(path)
-    with torch.device("meta"):
-        guide = build_guide(base, config).to(dtype)
+    guide = build(lambda: build_guide(base, config), path).to(dtype)
     try:
         load_strict(guide, tensors, path)
     except Misfit as error:

@@ -32,7 +32,7 @@ from tqdm import tqdm
 
 import ppdd
 from ppdd import Base
-from unet import CheckpointError, UNetConfig
+from unet import CheckpointError, UNetConfig, build
 
 
 class BadInput(ValueError):
@@ -336,8 +336,8 @@ def far(about: dict, steps: int) -> tuple[bool, float]:
 def fits(path: Path, base: UNetConfig) -> bool:
     """Whether a guide's tensors have the shapes that this base asks for; no weights are read."""
     try:
-        with torch.device("meta"):
-            guide = ppdd.build_guide(base, ppdd.read_about(path)[0])
+        made, _ = ppdd.read_about(path)
+        guide = build(lambda: ppdd.build_guide(base, made), path)
         with safe_open(path, framework="pt") as opened:
             shapes = {name: opened.get_slice(name).get_shape() for name in opened.keys()}
     except CheckpointError:

@@ -14,6 +14,7 @@ N = H * W positions, L tokens of the prompt, D width of a token, E = 4 * model_c
 
 import json
 import math
+import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,6 +44,10 @@ class UNetConfig:
     num_heads: int = 8
     context_dim: int = 768
     norm_groups: int = 32
+
+    def __post_init__(self):
+        if self.model_channels % self.num_heads or len(self.attention) != len(self.channel_mult):
+            raise ValueError(f"num_heads {self.num_heads} or attention {self.attention} don't fit")
 
 
 class ResBlock(nn.Module):
@@ -375,8 +380,7 @@ def load_unet(
     tensors, stored = read_checkpoint(path, PART)
     config = config or read_config(UNetConfig, stored, path)
     _refuse_other_unets(tensors, config, path)
-    with torch.device("meta"):  # no memory and no random numbers for weights about to be replaced
-        unet = UNet(config).to(dtype)
+    unet = build(lambda: UNet(config), path).to(dtype)
     load_strict(unet, rename(tensors, renames(config)), path)
     return unet.to(device).eval().requires_grad_(False)
 
@@ -389,8 +393,8 @@ def read_checkpoint(path: str | Path, part: Part) -> tuple[dict[str, Tensor], st
     opened.  The configuration, for `read_config`, is "{}" unless a single file carries one.
     Raises CheckpointError.
     """
-    path = Path(path).expanduser()
-    if path.is_dir():
+    path = Path(os.path.expanduser(path))
+    if os.path.isdir(path):
         files, prefixes = _files_in_folder(path, part), ("",)
     else:
         files, prefixes = [path], part.prefixes
@@ -414,7 +418,7 @@ def read_file(
     """
     path = Path(path)
     try:
-        if path.exists() and not path.is_file():  # a pipe would be waited for
+        if os.path.exists(path) and not os.path.isfile(path):  # a pipe would be waited for
             raise CheckpointError(f"{path} is not a file: pass a .safetensors file")
         with safe_open(path, framework="pt") as opened:
             names = list(opened.keys())
@@ -441,13 +445,48 @@ def read_config(kind: type, stored: str, source: str | Path):
         for name, value in values.items():
             values[name] = value = tuple(value) if isinstance(value, list) else value
             usual = getattr(default, name)
-            if not isinstance(value, (int, float) if isinstance(usual, float) else type(usual)):
+            if not (_alike(value, usual) and _in_bounds(name, value)):
                 raise ValueError(f"{name} is {value!r}")
         return kind(**values)
-    except (ValueError, TypeError, AttributeError) as error:
+    except (ValueError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
         raise CheckpointError(
             f"{source} carries settings of a {kind.__name__} that can't be read ({error}): "
             "save it again, or pass a Stable Diffusion 1.5 checkpoint"
+        ) from error
+
+
+def _alike(value, usual) -> bool:
+    """Whether a setting is of the type of its default, and finite where it is a fraction."""
+    if isinstance(usual, tuple):
+        return isinstance(value, tuple) and value != () and all(_alike(v, usual[0]) for v in value)
+    if isinstance(usual, float):
+        return isinstance(value, int | float) and math.isfinite(value) and value > 0
+    return type(value) is type(usual)
+
+
+def _in_bounds(name: str, value) -> bool:
+    """Whether a size is one that could be meant, so that no time or memory goes into another."""
+    if isinstance(value, tuple):
+        return len(value) <= 8 and all(_in_bounds(name, v) for v in value)
+    most = 64 if name in ("layers", "num_res_blocks") else 1 << 16
+    return not isinstance(value, int) or 0 <= value <= most
+
+
+def build(make: Callable[[], nn.Module], source: str | Path) -> nn.Module:
+    """The network that `make` makes, on the meta device, for weights to be loaded into.
+
+    That takes no memory and no random numbers.  Raises CheckpointError where it can't be made, with
+    sizes that were read from a damaged file.
+    """
+    try:
+        with torch.device("meta"):
+            return make()
+    except CheckpointError as error:
+        raise CheckpointError(f"{source}: {error}") from error
+    except (ValueError, TypeError, RuntimeError, IndexError, ArithmeticError) as error:
+        raise CheckpointError(
+            f"{source} carries sizes that make no network ({error}): download it again, or pass "
+            "another"
         ) from error
 
 
@@ -574,12 +613,22 @@ def _files_in_folder(path: Path, part: Part) -> list[Path]:
                 return [whole]
             index = folder / f"{part.stem}.safetensors.index{variant}.json"
             if index.is_file():
-                shards = json.loads(index.read_text())["weight_map"].values()
-                return [folder / shard for shard in sorted(set(shards))]
+                return [folder / shard for shard in _shards(index)]
     raise CheckpointError(
         f"{path} has no {part.folder}/{part.stem}.safetensors: "
         "pass the folder of a whole model, saved as safetensors"
     )
+
+
+def _shards(index: Path) -> list[str]:
+    """The names of the files that an index speaks of, all in its own folder."""
+    try:
+        shards = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
+        if not shards or any(Path(shard).name != shard for shard in shards):
+            raise ValueError("names of files are missing, or lead elsewhere")
+        return shards
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise CheckpointError(f"{index} can't be read ({error}): download it again") from error
 
 
 def _refuse_other_unets(
