@@ -204,14 +204,18 @@ def _merge(piece: str) -> tuple[int, ...]:
     """The ids of one piece of text, by byte-pair encoding.
 
     The id of a merge is also its rank: of all pairs that merge, the one with the lowest id goes
-    first, and the leftmost if it occurs more than once.
+    first, wherever it occurs, from the left.
     """
     byte_ids, merges = _vocabulary()
     ids = [byte_ids[byte] for byte in piece.encode()]
     ids[-1] += 256  # the same byte, as the last of a piece
-    while found := [(merges[p], i) for i, p in enumerate(pairwise(ids)) if p in merges]:
-        merged, i = min(found)
-        ids[i : i + 2] = [merged]
+    while found := [merges[pair] for pair in pairwise(ids) if pair in merges]:
+        first, before, ids = min(found), ids, []
+        for i in before:
+            if ids and merges.get((ids[-1], i)) == first:
+                ids[-1] = first
+            else:
+                ids.append(i)
     return tuple(ids)
 
 

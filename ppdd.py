@@ -475,9 +475,9 @@ def find_weights(given: str | Path | None = None) -> Path:
     if given == "mini":
         return MINI
     if given:
-        return Path(given).expanduser()
+        return Path(os.path.expanduser(given))
     home = os.environ.get("HF_HOME") or "~/.cache/huggingface"
-    hub = Path(os.environ.get("HF_HUB_CACHE") or f"{home}/hub").expanduser()
+    hub = Path(os.path.expanduser(os.environ.get("HF_HUB_CACHE") or f"{home}/hub"))
     snapshots = [s for name in HUB_NAMES for s in sorted((hub / name / "snapshots").glob("*"))]
     for folder in (Path("weights"), *snapshots):
         files = sorted(folder.glob("*.safetensors"))

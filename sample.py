@@ -76,6 +76,7 @@ class Config:
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 COLUMNS = {"none": "no guidance", "cfg": "CFG", "full": "full guide", "tiny": "tiny guide"}
 STAGE_ONE = 48                  # above so many steps a guide that was never halved is preferred
+BREAKS = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]+")  # line breaks, control characters
 SHOWN, ROWS = 64, 32            # pictures on a contact sheet, rows of a comparison, at most
 
 MINI_PROMPTS = (
@@ -119,7 +120,7 @@ class Method(NamedTuple):
 def run(config: Config) -> None:
     """All that the command does. Raises BadInput, CheckpointError or OSError with one sentence."""
     if config.about:
-        return print(json.dumps(about(Path(config.about)), indent=1, sort_keys=True))
+        return print(json.dumps(about(path_of(config.about)), indent=1, sort_keys=True))
     config = settle(config)
     check(config)
     out = writable_folder(config.export or config.out)
@@ -212,7 +213,7 @@ def check(config: Config) -> None:
          f"--guide {config.guide}: tiny, full, cfg, none or the path of a .safetensors guide"),
         (config.negative and (config.guide != "cfg" or config.compare), "--negative is for "
          "--guide cfg: a guide learns its negative prompt in training, from train.py --uncond"),
-        (config.guides and not Path(config.guides).expanduser().is_dir(),
+        (config.guides and not path_of(config.guides).is_dir(),
          f"--guides {config.guides}: there is no such folder"),
         (text != text.encode(errors="ignore").decode(), "a prompt holds bytes that are not text"),
     ):
@@ -221,7 +222,7 @@ def check(config: Config) -> None:
     for lora in config.lora:
         ppdd.lora_scale(lora)
     if not named:
-        ppdd.read_about(Path(config.guide).expanduser())
+        ppdd.read_about(path_of(config.guide))
     sides(config.size or "512")
     check_device(config.device)
 
@@ -239,8 +240,10 @@ def check_device(name: str) -> None:
 
 def read_prompts(file: str) -> list[str]:
     """The lines of a UTF-8 file that are not blank."""
+    if path_of(file).is_char_device():
+        raise BadInput(f"--prompts {file}: a device, not a file")
     try:
-        lines = Path(file).expanduser().read_text(encoding="utf-8-sig").splitlines()
+        lines = path_of(file).read_text(encoding="utf-8-sig").split("\n")
     except UnicodeDecodeError:
         raise BadInput(f"--prompts {file}: not a UTF-8 text") from None
     if not any(map(str.strip, lines)):
@@ -273,7 +276,7 @@ def find_method(config: Config, base: Base, guide: str) -> Method:
     """The guide of that name or path, loaded and announced; raises BadInput where there is none."""
     if guide in ("cfg", "none"):
         return Method(guide, guide)
-    path = find_guide(config, base, guide) if guide in COLUMNS else Path(guide).expanduser()
+    path = find_guide(config, base, guide) if guide in COLUMNS else path_of(guide)
     if path is None:
         raise BadInput(f"there is no {guide} guide for {base.name}: train one with "
                        f"`python train.py --guide {guide}`, or use --guide cfg")
@@ -293,7 +296,7 @@ def find_guide(config: Config, base: Base, kind: str) -> Path | None:
     then this base's own come first, then those distilled for about so many steps. Guides for a
     single g are for whoever names them.
     """
-    given, own = Path(config.guides).expanduser(), Path("guides") / base.name
+    given, own = path_of(config.guides), Path("guides") / base.name
     bundled = Path(__file__).resolve().parent / "mini" / "guides"
     pools = (given.glob("**/*.safetensors") if config.guides else (), own.glob("*.safetensors"),
              (*Path("guides").glob("*/*.safetensors"), *bundled.glob("*.safetensors")))
@@ -358,9 +361,14 @@ def describe(path: Path, about: dict, base: Base) -> str:
 
 # ------------------------------------------------------------------------------- pictures on disk
 
+def path_of(given: str) -> Path:
+    """The path given, with ~ for the home folder, where there is one."""
+    return Path(os.path.expanduser(given))
+
+
 def writable_folder(name: str) -> Path:
     """The folder, made where it is missing; raises OSError where nothing can be written."""
-    path = Path(name).expanduser()
+    path = path_of(name)
     path.mkdir(parents=True, exist_ok=True)
     tempfile.TemporaryFile(dir=path).close()
     return path
@@ -404,17 +412,26 @@ def as_json(config: Config) -> str:
 
 
 def parameters(config: Config, base: Base, method: Method, shot: Shot, digest: str) -> str:
-    """What popular interfaces write into a picture and read from it."""
-    def quoted(name: str) -> str:
-        return json.dumps(name) if re.search(r'[,:"]', name) else name
+    """What popular interfaces write into a picture and read from it.
 
-    negative = f"Negative prompt: {config.negative}\n" if config.negative else ""
+    They read it line by line, so that a prompt's own line breaks and control characters become
+    spaces here, which mean the same to the tokenizer; the `Config` beside it has them as they were.
+    """
+    def plain(text: str) -> str:
+        return BREAKS.sub(" ", text.encode(errors="replace").decode())
+
+    def quoted(name: str) -> str:
+        name = plain(name)
+        return json.dumps(name, ensure_ascii=False) if re.search(r'[,:"]', name) else name
+
+    negative = f"Negative prompt: {plain(config.negative)}\n" if config.negative else ""
     loras = ", ".join(f"{path.stem}:{scale:g}" for path, scale in base.loras)
     lora = f"LoRA: {quoted(loras)}, " if loras else ""
-    return (f"{shot.prompt}\n{negative}Steps: {config.steps}, Sampler: {config.sampler.upper()}, "
-            f"CFG scale: {1 + config.g:g}, Seed: {shot.seed}, Size: {config.size}, "
-            f"Model hash: {digest[:10]}, Model: {quoted(base.name)}, "
-            f"{lora}Guide: {quoted(method.name)}, g: {config.g:g}, Version: ppdd")
+    return (f"{plain(shot.prompt)}\n{negative}Steps: {config.steps}, "
+            f"Sampler: {config.sampler.upper()}, CFG scale: {1 + config.g:g}, "
+            f"Seed: {shot.seed}, Size: {config.size}, Model hash: {digest[:10]}, "
+            f"Model: {quoted(base.name)}, {lora}Guide: {quoted(method.name)}, "
+            f"g: {config.g:g}, Version: ppdd")
 
 
 def contact_sheet(images: list[Image.Image]) -> Image.Image:
@@ -514,7 +531,7 @@ class Parser(argparse.ArgumentParser):
     """Answers bad input with one sentence, without its usage."""
 
     def error(self, message: str) -> None:
-        self.exit(2, f"{self.prog}: {message}\n")
+        self.exit(2, f"{self.prog}: {BREAKS.sub(' ', message)}\n")
 
 
 def command_line() -> Parser:
@@ -534,13 +551,24 @@ def command_line() -> Parser:
 
 def main(argv: list[str] | None = None) -> None:
     parser = command_line()
+    for stream in (sys.stdout, sys.stderr):                  # a name may hold what it can't print
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
     given = parser.parse_args(argv)
+    values = {k: tuple(v) if isinstance(v, list) else v for k, v in vars(given).items()}
+    for f in fields(Config):                                 # argparse makes a list of --steps=--
+        if isinstance(values[f.name], tuple) and not isinstance(f.default, tuple):
+            parser.error(f"argument --{f.name}: expected one argument")
     try:
-        run(Config(**{k: tuple(v) if isinstance(v, list) else v for k, v in vars(given).items()}))
+        run(Config(**values))
     except KeyboardInterrupt:
         parser.exit(130, "stopped; the pictures of finished batches are kept\n")
     except torch.cuda.OutOfMemoryError:
         parser.error(f"out of GPU memory: pass --batch below {given.batch}, or a smaller --size")
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "can't allocate memory" not in str(error):
+            raise
+        parser.error(f"out of memory: pass --batch below {given.batch}, or a smaller --size")
     except OSError as error:
         parser.error(f"{error.filename or given.out}: {error.strerror or error}")
     except (BadInput, CheckpointError, ImportError) as error:

@@ -418,6 +418,7 @@ def read_file(
     """
     path = Path(path)
     try:
+        str(path).encode()
         if os.path.exists(path) and not os.path.isfile(path):  # a pipe would be waited for
             raise CheckpointError(f"{path} is not a file: pass a .safetensors file")
         with safe_open(path, framework="pt") as opened:
@@ -429,6 +430,8 @@ def read_file(
         raise CheckpointError(
             f"{path} does not exist: pass a .safetensors file or a model's folder"
         ) from error
+    except UnicodeEncodeError as error:
+        raise CheckpointError(f"{path!a} has a name that is not UTF-8: rename it") from error
     except OSError as error:
         raise CheckpointError(f"{path} can't be read ({error.strerror or error})") from error
     except SafetensorError as error:  # not sooner: a good file may begin with these bytes as well
