@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+import torch.distributed as distributed
 from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 from safetensors import safe_open
@@ -140,20 +141,26 @@ def run(config: Config) -> None:
 
 def write(config: Config, base: Base, shots: list[Shot], out: Path) -> None:
     """One PNG a shot, each saved as soon as its batch is done, and a contact sheet."""
-    method, number = find_method(config, base, config.guide), next_number(out)
-    start, shown = time.perf_counter(), []
+    method, (rank, world) = find_method(config, base, config.guide), processes()
+    first, start = in_common(next_number(out)), time.perf_counter()
+    paths = [out / f"{first + k:03d}{slug(shot.prompt)}.png" for k, shot in enumerate(shots)]
+    work = list(zip(batches(config, shots), batches(config, paths)))[rank::world]
     with ThreadPoolExecutor(1) as pool, progress_bar(config, shots) as bar:
         digest = pool.submit(ppdd.fingerprint, base.path)    # gigabytes, read while we sample
-        for batch in batches(config, shots):
-            for shot, image in zip(batch, paint(config, base, method, batch, bar.update)):
+        for batch, files in work:
+            images = paint(config, base, method, batch, bar.update)
+            for shot, path, image in zip(batch, files, images):
                 again = replace(config, prompt=(shot.prompt,), seed=shot.seed, n=1)
-                save_png(out / f"{number:03d}{slug(shot.prompt)}.png", image, ppdd=as_json(again),
+                save_png(path, image, ppdd=as_json(again),
                          parameters=parameters(config, base, method, shot, digest.result()))
-                shown, number = [*shown, image][:SHOWN], number + 1
+    in_common(None)                                          # waits for everyone's pictures
+    if rank:
+        return
+    shown = [Image.open(path) for path in paths[:SHOWN]]
     grid = free_name(out, "grid")
     save_png(grid, contact_sheet(shown), ppdd=as_json(config))
-    first = f"the first {SHOWN}" if len(shots) > SHOWN else "all"
-    print(f"{len(shots)} × PNG in {out}, {first} on {grid}: {time.perf_counter() - start:.1f} s")
+    many = f"the first {SHOWN}" if len(shots) > SHOWN else "all"
+    print(f"{len(shots)} × PNG in {out}, {many} on {grid}: {time.perf_counter() - start:.1f} s")
 
 
 def paint(config: Config, base: Base, method: Method, shots: list[Shot],
@@ -170,7 +177,7 @@ def paint(config: Config, base: Base, method: Method, shots: list[Shot],
     return [Image.fromarray(picture) for picture in pixels]
 
 
-def batches(config: Config, shots: list[Shot]) -> list[list[Shot]]:
+def batches(config: Config, shots: list) -> list[list]:
     return [shots[i:i + config.batch] for i in range(0, len(shots), config.batch)]
 
 
@@ -179,9 +186,27 @@ def predictions(config: Config) -> int:
     return config.steps + (config.sampler == "plms" and config.steps > 1)
 
 
+def processes() -> tuple[int, int]:
+    """Which of torchrun's processes this is, and of how many; (0, 1) without torchrun."""
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
+def in_common(value):
+    """The first process's value, in all of them, once all have come here."""
+    if processes()[1] == 1:
+        return value
+    if not distributed.is_initialized():
+        distributed.init_process_group("gloo")
+    values = [value]
+    distributed.barrier()
+    distributed.broadcast_object_list(values)
+    return values[0]
+
+
 def progress_bar(config: Config, shots: list[Shot], methods: int = 1) -> tqdm:
-    runs = methods * len(batches(config, shots))
-    return tqdm(total=runs * predictions(config), unit="prediction")
+    rank, world = processes()
+    runs = methods * len(batches(config, shots)[rank::world])
+    return tqdm(disable=rank > 0, total=runs * predictions(config), unit="prediction")
 
 
 def is_mini(base: Base) -> bool:
@@ -193,6 +218,8 @@ def is_mini(base: Base) -> bool:
 def settle(config: Config) -> Config:
     """The configuration with its prompts read and every "auto" decided."""
     device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if device == "cuda" and processes()[1] > 1:              # a GPU for each process
+        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     auto = "bf16" if device.startswith("cuda") else "fp32"
     read = read_prompts(config.prompts) if config.prompts else ()
     return replace(config, prompt=(*config.prompt, *read), prompts="", device=device,
@@ -215,6 +242,8 @@ def check(config: Config) -> None:
          "--guide cfg: a guide learns its negative prompt in training, from train.py --uncond"),
         (config.guides and not path_of(config.guides).is_dir(),
          f"--guides {config.guides}: there is no such folder"),
+        ((config.compare or config.export) and processes()[1] > 1,
+         "torchrun shares pictures out: run --compare and --export without it"),
         (text != text.encode(errors="ignore").decode(), "a prompt holds bytes that are not text"),
     ):
         if wrong:

@@ -384,6 +384,22 @@ def test_no_traceback_is_seen(here, line):
     assert done.stderr.startswith("sample.py: ")
 
 
+def test_torchrun_shares_pictures_out(here, toys):
+    """The same pictures under the same names, two processes each painting some of the batches."""
+    line = f"--weights {toys}/toy.safetensors --steps 2 --size 16 --n 5 --batch 2 --prompt a b"
+    alone = command(f"{line} --device cpu")
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+         "--",                       # or torchrun takes --n for its own
+         ROOT / "sample.py", *line.split(), "--device", "cpu", "--out", "shared"],
+        capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0 and done.stdout.count("10 × PNG in shared") == 1, done.stderr
+    shared = sorted(Path("shared").glob("[0-9]*.png"))
+    assert [p.name for p in shared] == [p.name for p in alone] and len(alone) == 10
+    assert all(difference(*pair) <= 1 for pair in zip(alone, shared))
+    assert difference(Path("out/grid.png"), Path("shared/grid.png")) <= 1
+
+
 def test_importing_does_nothing(here):
     code = ("import sys, sample; print({'open_clip', 'torchvision', 'diffusers', 'transformers'} "
             "& {*sys.modules})")
