@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import LongTensor, Tensor, nn
 
-from unet import Part, load_strict, normal, read_checkpoint, read_config
+from unet import Part, build, load_strict, normal, read_checkpoint, read_config
 
 # ------------------------------------------------------------------------------------ the network
 
@@ -35,6 +35,10 @@ class TextConfig:
     width: int = 768
     layers: int = 12
     heads: int = 12
+
+    def __post_init__(self):
+        if self.width % self.heads:
+            raise ValueError(f"heads is {self.heads}: it must divide {self.width}")
 
 
 class Embeddings(nn.Module):
@@ -146,8 +150,8 @@ def load_text_encoder(
     tensors, stored = read_checkpoint(path, PART)
     tensors = {name.removeprefix("text_model."): t for name, t in tensors.items()}
     tensors = {name: t for name, t in tensors.items() if name not in UNUSED}
-    with torch.device("meta"):  # no memory and no random numbers for weights about to be replaced
-        encoder = TextEncoder(config or read_config(TextConfig, stored, path)).to(dtype)
+    config = config or read_config(TextConfig, stored, path)
+    encoder = build(lambda: TextEncoder(config), path).to(dtype)
     load_strict(encoder, tensors, path, device)
     return encoder.eval().requires_grad_(False)
 
@@ -201,14 +205,18 @@ def _merge(piece: str) -> tuple[int, ...]:
     """The ids of one piece of text, by byte-pair encoding.
 
     The id of a merge is also its rank: of all pairs that merge, the one with the lowest id goes
-    first, and the leftmost if it occurs more than once.
+    first, wherever it occurs, from the left.
     """
     byte_ids, merges = _vocabulary()
     ids = [byte_ids[byte] for byte in piece.encode()]
     ids[-1] += 256  # the same byte, as the last of a piece
-    while found := [(merges[p], i) for i, p in enumerate(pairwise(ids)) if p in merges]:
-        merged, i = min(found)
-        ids[i : i + 2] = [merged]
+    while found := [merges[pair] for pair in pairwise(ids) if pair in merges]:
+        first, before, ids = min(found), ids, []
+        for i in before:
+            if ids and merges.get((ids[-1], i)) == first:
+                ids[-1] = first
+            else:
+                ids.append(i)
     return tuple(ids)
 
 

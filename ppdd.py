@@ -19,7 +19,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
+import re
+from collections import defaultdict
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
@@ -27,7 +30,6 @@ from itertools import pairwise
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -36,12 +38,18 @@ from clip_text import TextEncoder, Tokenizer, embed, load_text_encoder
 from unet import (
     CheckpointError,
     Encoder,
+    Misfit,
     UNet,
     UNetConfig,
+    build,
+    folder_name,
     injection_channels,
     load_strict,
     load_unet,
     normal,
+    read_config,
+    read_file,
+    renames,
 )
 from vae import VAE, load_vae
 
@@ -167,7 +175,7 @@ class TinyGuide(nn.Module):
 
     def __init__(self, base: UNetConfig, config: GuideConfig = GuideConfig()):
         super().__init__()
-        self.guide_config = config
+        self.config, self.guide_config = base, config
         width = config.width or 2 * base.model_channels
         self.theta_z1 = nn.Linear(4 * base.model_channels, width, bias=False)
         self.theta_z2 = nn.Linear(base.context_dim, width, bias=False)
@@ -451,13 +459,18 @@ class Base:
     text: TextEncoder
     tokenizer: Tokenizer
     path: Path
+    loras: tuple[tuple[Path, float], ...] = ()                 # files merged into it, and scales
 
     @property
     def name(self) -> str:
-        """The file's or folder's name; the repository's for a snapshot in a Hugging Face cache."""
+        """The file's or folder's name; the repository's for a snapshot in a Hugging Face cache.
+
+        The names of LoRAs that were merged follow, each after a +.
+        """
+        name = self.path.stem if self.path.is_file() else self.path.resolve().name
         if self.path.parent.name == "snapshots":
-            return self.path.parent.parent.name.split("--")[-1]
-        return self.path.stem if self.path.is_file() else self.path.resolve().name
+            name = self.path.parent.parent.name.split("--")[-1]
+        return "+".join([name, *(path.stem for path, _ in self.loras)])
 
     def embed(self, texts: list[str]) -> Tensor:
         """Prompts to states (B, 77, D)."""
@@ -490,9 +503,9 @@ def find_weights(given: str | Path | None = None) -> Path:
     if given == "mini":
         return MINI
     if given:
-        return Path(given).expanduser()
+        return Path(os.path.expanduser(given))
     home = os.environ.get("HF_HOME") or "~/.cache/huggingface"
-    hub = Path(os.environ.get("HF_HUB_CACHE") or f"{home}/hub").expanduser()
+    hub = Path(os.path.expanduser(os.environ.get("HF_HUB_CACHE") or f"{home}/hub"))
     snapshots = [s for name in HUB_NAMES for s in sorted((hub / name / "snapshots").glob("*"))]
     for folder in (Path("weights"), *snapshots):
         files = sorted(folder.glob("*.safetensors"))
@@ -516,11 +529,142 @@ def _laid_out(module: nn.Module) -> nn.Module:
     return module.to(memory_format=torch.channels_last) if on_gpu else module
 
 
-def fingerprint(path: Path) -> str:
-    """SHA-256 of a checkpoint file, hex, or of its UNet's files where it is a folder."""
+_LORA = re.compile(r"(.+?)[._]lora(?:_linear_layer)?[._](down|up|A|B)(?:\.default)?\.weight")
+
+
+def merge_loras(base: Base, given: Iterable[str]) -> list[str]:
+    """Merges each "FILE" or "FILE:scale" into the base; returns a sentence on each, to print."""
+    said = []
+    for path, scale in map(lora_scale, given):
+        unused = merge_lora(base, path, scale)
+        names = ", ".join(unused[:3]) + ", …" * (len(unused) > 3)
+        left = f"; {len(unused)} of its tensors have no place here: {names}" if unused else ""
+        said.append(f"LoRA: {path}, merged at {scale:g}{left}")
+    return said
+
+
+def lora_scale(given: str) -> tuple[Path, float]:
+    """The file and the scale of "FILE:scale", where "FILE" alone is 1."""
+    file, _, scale = given.rpartition(":")
+    try:
+        file, factor = file, float(scale)
+    except ValueError:
+        file, factor = given, 1.0
+    if not file or not abs(factor) <= 100:
+        raise CheckpointError(f"LoRA {given!r}: FILE or FILE:scale, with a scale up to 100")
+    return Path(os.path.expanduser(file)), factor
+
+
+def merge_lora(base: Base, path: Path, scale: float = 1.0) -> list[str]:
+    """Adds a LoRA file to the base's weights: W += scale · (alpha / rank) · up @ down.
+
+    Linear layers and convolutions of the UNet and the text encoder, in the names of kohya, of
+    diffusers and peft, and of old diffusers. Returns the names of the tensors that no layer here
+    has a place for. Raises CheckpointError, and changes nothing, where the file does not fit.
+    """
+    tensors, metadata = read_file(path)
+    _refuse_other_loras(tensors, metadata, path)
+    pairs, places = _lora_pairs(tensors), _places(base)
+    changes = {name: pair for name, pair in pairs.items() if name in places and len(pair) == 2}
+    if not changes:
+        raise CheckpointError(f"{path} holds no LoRA for {base.name}: pass one for Stable "
+                              "Diffusion 1.5")
+    alphas = _lora_alphas(tensors, metadata, path)
+    for layer, pair in changes.items():
+        down, up, weight = tensors[pair["down"]], tensors[pair["up"]], places[layer].weight
+        if min(down.ndim, up.ndim) < 2 or not 0 < len(down) == up[0].numel() or (
+                len(up), down[0].numel()) != (len(weight), weight[0].numel()):
+            raise CheckpointError(f"{path} is a LoRA for another base than {base.name} (layer "
+                                  f"{layer}): pass one for Stable Diffusion 1.5")
+        factor = scale * alphas(layer, len(down)) / len(down)
+        changes[layer] = factor, down, up
+        if not (factor * (up.float().sum() + down.float().sum())).isfinite():
+            raise CheckpointError(f"{path} holds numbers that are not finite (layer {layer}): "
+                                  "download it again")
+    for layer, (factor, down, up) in changes.items():        # replaced: the old may be mapped
+        weight = places[layer].weight
+        down, up = (half.to(weight.device, torch.float32).flatten(1) for half in (down, up))
+        change = factor * (up @ down).view_as(weight)
+        places[layer].weight = nn.Parameter((weight.float() + change).to(weight.dtype), False)
+    base.loras += ((path, scale),)
+    used = {name for layer in changes for name in pairs[layer].values()}
+    return [name for name in tensors if name not in used and not name.endswith(".alpha")]
+
+
+def _refuse_other_loras(tensors: dict[str, Tensor], metadata: dict, path: Path) -> None:
+    """Raises CheckpointError for what is no plain LoRA, or one of a base that is told by names."""
+    other = ("hada_", "lokr_", "oft_", "dora_scale", "lora_magnitude", "lora_mid", "lora_bias")
+    if any(mark in name for name in tensors for mark in other) or "use_rslora\": true" in str(
+            metadata.get("lora_adapter_metadata")):
+        raise CheckpointError(f"{path} is not a plain LoRA (but LoHa, LoKr, DoRA or the like): "
+                              "merge it into a checkpoint with the tool that made it")
+    if any(name.startswith(("lora_te2_", "text_encoder_2.")) for name in tensors):
+        raise CheckpointError(f"{path} is a LoRA for Stable Diffusion XL: pass one for 1.5")
+
+
+def _flat(layer: str) -> str:
+    """A layer's name as all three ways of writing it have it in common: "unet_" or "text_" …"""
+    name = layer.replace(".", "_").replace("_processor_", "_") + "_"
+    name = re.sub("^(base_model_model|lora)_", "", name)
+    if name.startswith(("te_", "te1_", "text_encoder_")):
+        name = "text_" + re.sub("^(te1?|text_encoder)_(text_model_)?", "", name)
+        return re.sub("attn_to_(q|k|v|out)_$", r"attn_\1_proj_", name)
+    return "unet_" + re.sub("to_out_$", "to_out_0_", name.removeprefix("unet_"))
+
+
+def _lora_pairs(tensors: dict[str, Tensor]) -> dict[str, dict[str, str]]:
+    """Of each layer, the names of its two halves."""
+    pairs, half = defaultdict(dict), {"A": "down", "B": "up", "down": "down", "up": "up"}
+    for name in tensors:
+        if found := _LORA.fullmatch(name):
+            pairs[_flat(found[1])][half[found[2]]] = name
+    return pairs
+
+
+def _lora_alphas(tensors: dict[str, Tensor], metadata: dict,
+                 path: Path) -> Callable[[str, int], float]:
+    """alpha of a layer of this rank: its tensor's, else the one peft wrote down, else the rank."""
+    said: dict[str, float] = {}
+    try:
+        written = json.loads(metadata.get("lora_adapter_metadata", "{}"))
+        for part, short in (("unet", "unet"), ("text_encoder", "text")):
+            for name, alpha in written.get(f"{part}.alpha_pattern", {}).items():
+                said[_flat(f"{part}.{name}")] = float(alpha)
+            if f"{part}.lora_alpha" in written:
+                said[short] = float(written[f"{part}.lora_alpha"])
+        said |= {_flat(k[:-6]): v.item() for k, v in tensors.items() if k.endswith(".alpha")}
+    except (ValueError, TypeError, AttributeError, RuntimeError, RecursionError) as error:
+        raise CheckpointError(f"{path} holds an alpha that can't be read ({error}): download it "
+                              "again") from error
+
+    def alpha(layer: str, rank: int) -> float:
+        part, _, name = layer.partition("_")
+        ends = (v for k, v in said.items() if f"_{name}".endswith(f"_{k.partition('_')[2]}")
+                and k.startswith(f"{part}_"))
+        return next(ends, said.get(part, rank))
+
+    return alpha
+
+
+def _places(base: Base) -> dict[str, nn.Module]:
+    """The base's layers by their `_flat` names, in the folder layout's spelling and in ours."""
+    names = {f"unet.{name}": layer for name, layer in base.unet.named_modules()}
+    table = renames(base.unet.config)
+    names |= {f"unet.{folder_name(name + '.', table)[:-1]}": layer
+              for name, layer in base.unet.named_modules()}
+    names |= {f"text_encoder.{name}": layer for name, layer in base.text.named_modules()}
+    return {_flat(name): layer for name, layer in names.items()
+            if isinstance(layer, nn.Linear | nn.Conv2d)}
+
+
+def fingerprint(path: Path, loras: Iterable[tuple[Path, float]] = ()) -> str:
+    """SHA-256 of a checkpoint file, hex, or of its UNet's files where it is a folder.
+
+    With a base's `loras`, of those too.
+    """
     files = [path] if path.is_file() else sorted(path.glob("unet/*.safetensors"))
-    digest = hashlib.sha256()
-    for file in files:
+    digest = hashlib.sha256(b"".join(b"%.9g" % scale for _, scale in loras))
+    for file in [*files, *(file for file, _ in loras)]:
         with file.open("rb") as f:
             while block := f.read(1 << 22):
                 digest.update(block)
@@ -535,38 +679,115 @@ def build_guide(base: UNetConfig, config: GuideConfig) -> nn.Module:
 
 
 def save_guide(path: Path, guide: nn.Module, config: GuideConfig, about: dict) -> None:
-    """fp16 safetensors; metadata `guide` (its configuration) and `about` (base, stage, …)."""
+    """fp16 safetensors; metadata `guide` (its configuration), `about` (base, stage, …) and
+    `unet_config` (the base's shape)."""
     tensors = {k: v.half() for k, v in guide.state_dict().items()}
-    save_tensors(path, tensors, {"guide": json.dumps(asdict(config)), "about": json.dumps(about)})
+    metadata = {"guide": asdict(config), "about": about, "unet_config": asdict(guide.config)}
+    save_tensors(path, tensors, {key: json.dumps(value) for key, value in metadata.items()})
 
 
 def read_about(path: Path) -> tuple[GuideConfig, dict]:
     """A guide file's configuration and what it says of itself, without its weights."""
+    config, about, _ = _read_metadata(path)
+    return config, about
+
+
+def read_shape(path: Path) -> UNetConfig | None:
+    """The shape of the base a guide was trained for; files of before it was noted say None."""
+    return _read_metadata(path)[2]
+
+
+def _read_metadata(path: str | Path) -> tuple[GuideConfig, dict, UNetConfig | None]:
     try:
-        with safe_open(path, framework="pt") as opened:
-            metadata = opened.metadata() or {}
-        return GuideConfig(**json.loads(metadata["guide"])), json.loads(metadata["about"])
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{path} does not exist: pass a guide that train.py saved") from error
-    except (SafetensorError, KeyError, TypeError, ValueError, OSError) as error:
+        _, metadata = read_file(path, lambda names: {})
+        config = read_config(GuideConfig, metadata["guide"], path)
+        about = json.loads(metadata["about"])
+        low, high = about.get("g_range") or (0, 1)
+        if not (0 <= (about.get("steps") or 0) <= TIMESTEPS and math.isfinite(high - low)):
+            raise ValueError("steps or g_range")
+        shape = metadata.get("unet_config")
+        return config, about, None if shape is None else read_config(UNetConfig, shape, path)
+    except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
+        if not os.path.exists(path):
+            raise CheckpointError(
+                f"{path} does not exist: pass a guide that train.py saved") from error
         raise CheckpointError(f"{path} is not a guide: pass a .safetensors that train.py saved, "
                               "or tiny, full, cfg or none") from error
 
 
 def load_guide(path: Path, base: UNetConfig, dtype: torch.dtype = torch.float32,
                device: str | torch.device = "cpu") -> nn.Module:
-    """The guide in a file, for a base of the shapes it was made for; eval mode, no gradients."""
-    config, _ = read_about(path)
-    with torch.device("meta"):
-        guide = build_guide(base, config).to(dtype)
-    with safe_open(path, framework="pt") as opened:
-        tensors = {name: opened.get_tensor(name) for name in opened.keys()}
+    """The guide in a file, for a base of the shape it was made for; eval mode, no gradients.
+
+    Raises CheckpointError, with both shapes where the file notes its own.
+    """
+    config, _, shape = _read_metadata(path)
+    if shape not in (None, base):
+        there, here = asdict(shape), asdict(base)
+        said = ", ".join(f"{k} {there[k]} and not {here[k]}" for k in here if there[k] != here[k])
+        raise CheckpointError(f"{path} was trained for a base of another size ({said}): use it "
+                              "with a checkpoint of that size, or train one for this")
+    tensors, _ = read_file(path)
+    guide = build(lambda: build_guide(base, config), path).to(dtype)
     try:
-        load_strict(guide, tensors, path)
-    except CheckpointError as error:
+        load_strict(guide, tensors, path, device)
+    except Misfit as error:
         raise CheckpointError(f"{path} was trained for a base of another size: use it with a "
                               f"checkpoint of that size, or train one for this") from error
-    return _laid_out(guide.to(device)).eval().requires_grad_(False)
+    return _laid_out(guide).eval().requires_grad_(False)
+
+
+# ------------------------------------------------------------------------------- guides elsewhere
+
+def save_controlnet(folder: Path, guide: FullGuide, name: str) -> Path:
+    """A full guide as the ControlNet that it is, fp16, in both layouts that other tools read.
+
+    config.json and diffusion_pytorch_model.safetensors are the folder layout of diffusers;
+    NAME-controlnet.safetensors is the single file, in ControlNet's own names after
+    "control_model.". Both take a plain grey picture of value g / 10 as the hint. Returns the
+    single file's path.
+    """
+    tensors = {k: v.half() for k, v in guide.state_dict().items()}
+    table = renames(guide.config) | {
+        "controlnet_cond_embedding.conv_in.": "input_hint_block.0.",
+        "controlnet_cond_embedding.conv_out.": "input_hint_block.14.",
+        "controlnet_mid_block.": "middle_block_out.0."}
+    table |= {f"controlnet_cond_embedding.blocks.{i}.": f"input_hint_block.{2 * i + 2}."
+              for i in range(6)}
+    table |= {f"controlnet_down_blocks.{i}.": f"zero_convs.{i}.0."
+              for i in range(len(guide.zero_convs))}
+    single = folder / f"{name}-controlnet.safetensors"
+    save_tensors(single, {f"control_model.{k}": v for k, v in tensors.items()})
+    save_tensors(folder / "diffusion_pytorch_model.safetensors",
+                 {folder_name(k, table): v for k, v in tensors.items()}, {"format": "pt"})
+    temporary = folder / f".config.json.{os.getpid()}.tmp"
+    temporary.write_text(json.dumps(_controlnet_config(guide), indent=2, sort_keys=True) + "\n")
+    temporary.replace(folder / "config.json")
+    return single
+
+
+def _controlnet_config(guide: FullGuide) -> dict:
+    base, hint = guide.config, guide.input_hint_block[0].out_channels
+    kinds = ["CrossAttnDownBlock2D" if attention else "DownBlock2D" for attention in base.attention]
+    return {
+        "_class_name": "ControlNetModel", "in_channels": base.in_channels,
+        "block_out_channels": [base.model_channels * m for m in base.channel_mult],
+        "layers_per_block": base.num_res_blocks, "down_block_types": kinds,
+        "cross_attention_dim": base.context_dim, "attention_head_dim": base.num_heads,
+        "norm_num_groups": base.norm_groups,
+        "conditioning_embedding_out_channels": [hint, 2 * hint, 6 * hint, 16 * hint]}
+
+
+def residuals(guide: TinyGuide, unet: nn.Module, g: float, t: Tensor, c: Tensor) -> dict:
+    """What a tiny guide adds, as the keyword arguments of diffusers' UNet2DConditionModel.
+
+    unet is that model; t a timestep or (B,); c the prompt's states (B, L, D): unet(z, t,
+    encoder_hidden_states=c, **residuals(guide, unet, g, t, c)).
+    """
+    t, gs = t.to(c.device).expand(len(c)), torch.full((len(c),), float(g), device=c.device)
+    emb = unet.time_embedding(unet.time_proj(t).to(c.dtype))
+    *down, middle = guide(gs, emb, c)
+    return {"down_block_additional_residuals": down, "mid_block_additional_residual": middle}
 
 
 # ------------------------------------------------------------------------------- keeping a run

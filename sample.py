@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+import torch.distributed as distributed
 from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 from safetensors import safe_open
@@ -33,7 +34,7 @@ from tqdm import tqdm
 
 import ppdd
 from ppdd import Base
-from unet import CheckpointError, UNetConfig
+from unet import CheckpointError, UNetConfig, build
 
 
 class BadInput(ValueError):
@@ -61,6 +62,7 @@ class Config:
     size: str = option("", "one side or WIDTHxHEIGHT; default: 512, the miniature's 64")
     sampler: str = option("ddim", "ddim or plms", choices=tuple(ppdd.SAMPLERS))
     weights: str = option("", "Stable Diffusion 1.5; default: looked for, else the miniature")
+    lora: tuple[str, ...] = option((), "LoRA files to merge into the base: FILE or FILE:scale")
     guides: str = option("", "folder to look for guides in before guides/ and mini/guides/")
     device: str = option("", "cuda or cpu; default: cuda where there is one")
     dtype: str = option("auto", "auto: bf16 on CUDA, else fp32",
@@ -69,12 +71,16 @@ class Config:
     out: str = option("out", "folder of the pictures; nothing in it is overwritten")
     compile: bool = option(False, "compile the step and the decoder: slow to begin, then faster; "
                                   "needs a C++ compiler")
+    export: str = option("", "folder to write the full guide to, as a ControlNet for other tools; "
+                             "paints nothing")
+    about: str = option("", "a guide file: prints what it says of itself; paints nothing")
     compare: bool = option(False, "one sheet of no guidance, CFG, full guide and tiny guide")
 
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 COLUMNS = {"none": "no guidance", "cfg": "CFG", "full": "full guide", "tiny": "tiny guide"}
 STAGE_ONE = 48                  # above so many steps a guide that was never halved is preferred
+BREAKS = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]+")  # line breaks, control characters
 SHOWN, ROWS = 64, 32            # pictures on a contact sheet, rows of a comparison, at most
 
 MINI_PROMPTS = (
@@ -117,16 +123,22 @@ class Method(NamedTuple):
 
 def run(config: Config) -> None:
     """All that the command does. Raises BadInput, CheckpointError or OSError with one sentence."""
+    if config.about:
+        return print(json.dumps(about(path_of(config.about)), indent=1, sort_keys=True))
     config = settle(config)
     check(config)
-    out = writable_folder(config.out)
+    out = writable_folder(config.export or config.out)
     path = ppdd.find_weights(config.weights)
     base = ppdd.load_base(path, DTYPES[config.dtype], config.device)
+    loras = ppdd.merge_loras(base, config.lora)
     config = fit(config, base)
     if config.compile:
         base.vae.decode = compiled(base.vae.decode, config.device)
-    print(NO_WEIGHTS if path == ppdd.MINI and not config.weights else f"base: {path}")
+    print(NO_WEIGHTS if path == ppdd.MINI and not config.weights else f"base: {path}",
+          *loras, sep="\n")
     print(f"g = {config.g:g} (guidance scale {1 + config.g:g} elsewhere)")
+    if config.export:
+        return export(config, base, out)
     prompts = [prompt for prompt in config.prompt for _ in range(config.n)]
     shots = [Shot(prompt, config.seed + k) for k, prompt in enumerate(prompts)]
     (compare if config.compare else write)(config, base, shots, out)
@@ -134,20 +146,26 @@ def run(config: Config) -> None:
 
 def write(config: Config, base: Base, shots: list[Shot], out: Path) -> None:
     """One PNG a shot, each saved as soon as its batch is done, and a contact sheet."""
-    method, number = find_method(config, base, config.guide), next_number(out)
-    start, shown = time.perf_counter(), []
+    method, (rank, world) = find_method(config, base, config.guide), processes()
+    first, start = in_common(next_number(out)), time.perf_counter()
+    paths = [out / f"{first + k:03d}{slug(shot.prompt)}.png" for k, shot in enumerate(shots)]
+    work = list(zip(batches(config, shots), batches(config, paths)))[rank::world]
     with ThreadPoolExecutor(1) as pool, progress_bar(config, shots) as bar:
         digest = pool.submit(ppdd.fingerprint, base.path)    # gigabytes, read while we sample
-        for batch in batches(config, shots):
-            for shot, image in zip(batch, paint(config, base, method, batch, bar.update)):
+        for batch, files in work:
+            images = paint(config, base, method, batch, bar.update)
+            for shot, path, image in zip(batch, files, images):
                 again = replace(config, prompt=(shot.prompt,), seed=shot.seed, n=1)
-                save_png(out / f"{number:03d}{slug(shot.prompt)}.png", image, ppdd=as_json(again),
+                save_png(path, image, ppdd=as_json(again),
                          parameters=parameters(config, base, method, shot, digest.result()))
-                shown, number = [*shown, image][:SHOWN], number + 1
+    in_common(None)                                          # waits for everyone's pictures
+    if rank:
+        return
+    shown = [Image.open(path) for path in paths[:SHOWN]]
     grid = free_name(out, "grid")
     save_png(grid, contact_sheet(shown), ppdd=as_json(config))
-    first = f"the first {SHOWN}" if len(shots) > SHOWN else "all"
-    print(f"{len(shots)} × PNG in {out}, {first} on {grid}: {time.perf_counter() - start:.1f} s")
+    many = f"the first {SHOWN}" if len(shots) > SHOWN else "all"
+    print(f"{len(shots)} × PNG in {out}, {many} on {grid}: {time.perf_counter() - start:.1f} s")
 
 
 def paint(config: Config, base: Base, method: Method, shots: list[Shot],
@@ -190,7 +208,7 @@ def compiled(function: Callable[..., Tensor], device: str) -> Callable[..., Tens
     return call
 
 
-def batches(config: Config, shots: list[Shot]) -> list[list[Shot]]:
+def batches(config: Config, shots: list) -> list[list]:
     return [shots[i:i + config.batch] for i in range(0, len(shots), config.batch)]
 
 
@@ -199,9 +217,27 @@ def predictions(config: Config) -> int:
     return config.steps + (config.sampler == "plms" and config.steps > 1)
 
 
+def processes() -> tuple[int, int]:
+    """Which of torchrun's processes this is, and of how many; (0, 1) without torchrun."""
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
+def in_common(value):
+    """The first process's value, in all of them, once all have come here."""
+    if processes()[1] == 1:
+        return value
+    if not distributed.is_initialized():
+        distributed.init_process_group("gloo")
+    values = [value]
+    distributed.barrier()
+    distributed.broadcast_object_list(values)
+    return values[0]
+
+
 def progress_bar(config: Config, shots: list[Shot], methods: int = 1) -> tqdm:
-    runs = methods * len(batches(config, shots))
-    return tqdm(total=runs * predictions(config), unit="prediction")
+    rank, world = processes()
+    runs = methods * len(batches(config, shots)[rank::world])
+    return tqdm(disable=rank > 0, total=runs * predictions(config), unit="prediction")
 
 
 def is_mini(base: Base) -> bool:
@@ -213,6 +249,8 @@ def is_mini(base: Base) -> bool:
 def settle(config: Config) -> Config:
     """The configuration with its prompts read and every "auto" decided."""
     device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if device == "cuda" and processes()[1] > 1:              # a GPU for each process
+        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     auto = "bf16" if device.startswith("cuda") else "fp32"
     read = read_prompts(config.prompts) if config.prompts else ()
     return replace(config, prompt=(*config.prompt, *read), prompts="", device=device,
@@ -233,14 +271,18 @@ def check(config: Config) -> None:
          f"--guide {config.guide}: tiny, full, cfg, none or the path of a .safetensors guide"),
         (config.negative and (config.guide != "cfg" or config.compare), "--negative is for "
          "--guide cfg: a guide learns its negative prompt in training, from train.py --uncond"),
-        (config.guides and not Path(config.guides).expanduser().is_dir(),
+        (config.guides and not path_of(config.guides).is_dir(),
          f"--guides {config.guides}: there is no such folder"),
+        ((config.compare or config.export) and processes()[1] > 1,
+         "torchrun shares pictures out: run --compare and --export without it"),
         (text != text.encode(errors="ignore").decode(), "a prompt holds bytes that are not text"),
     ):
         if wrong:
             raise BadInput(sentence)
+    for lora in config.lora:
+        ppdd.lora_scale(lora)
     if not named:
-        ppdd.read_about(Path(config.guide).expanduser())
+        ppdd.read_about(path_of(config.guide))
     sides(config.size or "512")
     check_device(config.device)
 
@@ -258,8 +300,10 @@ def check_device(name: str) -> None:
 
 def read_prompts(file: str) -> list[str]:
     """The lines of a UTF-8 file that are not blank."""
+    if path_of(file).is_char_device():
+        raise BadInput(f"--prompts {file}: a device, not a file")
     try:
-        lines = Path(file).expanduser().read_text(encoding="utf-8-sig").splitlines()
+        lines = path_of(file).read_text(encoding="utf-8-sig").split("\n")
     except UnicodeDecodeError:
         raise BadInput(f"--prompts {file}: not a UTF-8 text") from None
     if not any(map(str.strip, lines)):
@@ -292,7 +336,7 @@ def find_method(config: Config, base: Base, guide: str) -> Method:
     """The guide of that name or path, loaded and announced; raises BadInput where there is none."""
     if guide in ("cfg", "none"):
         return Method(guide, guide)
-    path = find_guide(config, base, guide) if guide in COLUMNS else Path(guide).expanduser()
+    path = find_guide(config, base, guide) if guide in COLUMNS else path_of(guide)
     if path is None:
         raise BadInput(f"there is no {guide} guide for {base.name}: train one with "
                        f"`python train.py --guide {guide}`, or use --guide cfg")
@@ -312,7 +356,7 @@ def find_guide(config: Config, base: Base, kind: str) -> Path | None:
     then this base's own come first, then those distilled for about so many steps. Guides for a
     single g are for whoever names them.
     """
-    given, own = Path(config.guides).expanduser(), Path("guides") / base.name
+    given, own = path_of(config.guides), Path("guides") / base.name
     bundled = Path(__file__).resolve().parent / "mini" / "guides"
     pools = (given.glob("**/*.safetensors") if config.guides else (), own.glob("*.safetensors"),
              (*Path("guides").glob("*/*.safetensors"), *bundled.glob("*.safetensors")))
@@ -328,6 +372,24 @@ def find_guide(config: Config, base: Base, kind: str) -> Path | None:
     return next((path for *_, path in sorted(ranked) if fits(path, base.unet.config)), None)
 
 
+def about(path: Path) -> dict:
+    """All that a guide file says of itself; no weights are read."""
+    made, said = ppdd.read_about(path)
+    shape = ppdd.read_shape(path)
+    return said | {"guide": asdict(made), "base_shape": shape and asdict(shape)}
+
+
+def export(config: Config, base: Base, folder: Path) -> None:
+    """Writes a full guide as the ControlNet it is."""
+    method = find_method(config, base, config.guide)
+    if method.kind != "full":
+        raise BadInput(f"--export: {method.name} is not a full guide, and only that is a "
+                       "ControlNet; for a tiny one see ppdd.residuals")
+    single = ppdd.save_controlnet(folder, method.guide, method.name)
+    print(f"{folder}: a ControlNet in diffusers' layout; {single}: the same in one file; both fp16"
+          "\nits picture is plain grey, g / 10 of white: 204 of 255 for g = 8; guidance scale 1")
+
+
 def far(about: dict, steps: int) -> tuple[bool, float]:
     """How ill a guide suits so many steps: is it of the wrong stage, and by which ratio."""
     made_for = about.get("steps") or 64                      # stage one: of whatever schedule
@@ -336,11 +398,15 @@ def far(about: dict, steps: int) -> tuple[bool, float]:
 
 def fits(path: Path, base: UNetConfig) -> bool:
     """Whether a guide's tensors have the shapes that this base asks for; no weights are read."""
-    with torch.device("meta"):
-        guide = ppdd.build_guide(base, ppdd.read_about(path)[0])
-    with safe_open(path, framework="pt") as opened:
-        shapes = {name: opened.get_slice(name).get_shape() for name in opened.keys()}
-    return shapes == {name: list(tensor.shape) for name, tensor in guide.state_dict().items()}
+    try:
+        made, _ = ppdd.read_about(path)
+        guide = build(lambda: ppdd.build_guide(base, made), path)
+        with safe_open(path, framework="pt") as opened:
+            shapes = {name: opened.get_slice(name).get_shape() for name in opened.keys()}
+    except CheckpointError:
+        return False
+    return ppdd.read_shape(path) in (None, base) and shapes == {
+        name: list(tensor.shape) for name, tensor in guide.state_dict().items()}
 
 
 def describe(path: Path, about: dict, base: Base) -> str:
@@ -355,9 +421,14 @@ def describe(path: Path, about: dict, base: Base) -> str:
 
 # ------------------------------------------------------------------------------- pictures on disk
 
+def path_of(given: str) -> Path:
+    """The path given, with ~ for the home folder, where there is one."""
+    return Path(os.path.expanduser(given))
+
+
 def writable_folder(name: str) -> Path:
     """The folder, made where it is missing; raises OSError where nothing can be written."""
-    path = Path(name).expanduser()
+    path = path_of(name)
     path.mkdir(parents=True, exist_ok=True)
     tempfile.TemporaryFile(dir=path).close()
     return path
@@ -401,15 +472,26 @@ def as_json(config: Config) -> str:
 
 
 def parameters(config: Config, base: Base, method: Method, shot: Shot, digest: str) -> str:
-    """What popular interfaces write into a picture and read from it."""
-    def quoted(name: str) -> str:
-        return json.dumps(name) if re.search(r'[,:"]', name) else name
+    """What popular interfaces write into a picture and read from it.
 
-    negative = f"Negative prompt: {config.negative}\n" if config.negative else ""
-    return (f"{shot.prompt}\n{negative}Steps: {config.steps}, Sampler: {config.sampler.upper()}, "
-            f"CFG scale: {1 + config.g:g}, Seed: {shot.seed}, Size: {config.size}, "
-            f"Model hash: {digest[:10]}, Model: {quoted(base.name)}, "
-            f"Guide: {quoted(method.name)}, g: {config.g:g}, Version: ppdd")
+    They read it line by line, so that a prompt's own line breaks and control characters become
+    spaces here, which mean the same to the tokenizer; the `Config` beside it has them as they were.
+    """
+    def plain(text: str) -> str:
+        return BREAKS.sub(" ", text.encode(errors="replace").decode())
+
+    def quoted(name: str) -> str:
+        name = plain(name)
+        return json.dumps(name, ensure_ascii=False) if re.search(r'[,:"]', name) else name
+
+    negative = f"Negative prompt: {plain(config.negative)}\n" if config.negative else ""
+    loras = ", ".join(f"{path.stem}:{scale:g}" for path, scale in base.loras)
+    lora = f"LoRA: {quoted(loras)}, " if loras else ""
+    return (f"{plain(shot.prompt)}\n{negative}Steps: {config.steps}, "
+            f"Sampler: {config.sampler.upper()}, CFG scale: {1 + config.g:g}, "
+            f"Seed: {shot.seed}, Size: {config.size}, Model hash: {digest[:10]}, "
+            f"Model: {quoted(base.name)}, {lora}Guide: {quoted(method.name)}, "
+            f"g: {config.g:g}, Version: ppdd")
 
 
 def contact_sheet(images: list[Image.Image]) -> Image.Image:
@@ -509,7 +591,7 @@ class Parser(argparse.ArgumentParser):
     """Answers bad input with one sentence, without its usage."""
 
     def error(self, message: str) -> None:
-        self.exit(2, f"{self.prog}: {message}\n")
+        self.exit(2, f"{self.prog}: {BREAKS.sub(' ', message)}\n")
 
 
 def command_line() -> Parser:
@@ -529,13 +611,24 @@ def command_line() -> Parser:
 
 def main(argv: list[str] | None = None) -> None:
     parser = command_line()
+    for stream in (sys.stdout, sys.stderr):                  # a name may hold what it can't print
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
     given = parser.parse_args(argv)
+    values = {k: tuple(v) if isinstance(v, list) else v for k, v in vars(given).items()}
+    for f in fields(Config):                                 # argparse makes a list of --steps=--
+        if isinstance(values[f.name], tuple) and not isinstance(f.default, tuple):
+            parser.error(f"argument --{f.name}: expected one argument")
     try:
-        run(Config(**vars(given) | {"prompt": tuple(given.prompt)}))
+        run(Config(**values))
     except KeyboardInterrupt:
         parser.exit(130, "stopped; the pictures of finished batches are kept\n")
     except torch.cuda.OutOfMemoryError:
         parser.error(f"out of GPU memory: pass --batch below {given.batch}, or a smaller --size")
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "can't allocate memory" not in str(error):
+            raise
+        parser.error(f"out of memory: pass --batch below {given.batch}, or a smaller --size")
     except OSError as error:
         parser.error(f"{error.filename or given.out}: {error.strerror or error}")
     except (BadInput, CheckpointError, ImportError) as error:

@@ -6,7 +6,7 @@ middle; `decode` runs the output blocks on the skips, to which a guide's `y` may
 and student see the same latent, time and prompt in the encoder, so one `encode` serves both.
 
 Modules carry the names of the official single-file checkpoint less `model.diffusion_model.`: its
-keys are the state dict.  Names of the diffusers folder layout go through one table, `_renames`.
+keys are the state dict.  Names of the diffusers folder layout go through one table, `renames`.
 
 Shapes: B batch, C channels, H and W rows and columns of the latent (an eighth of the image),
 N = H * W positions, L tokens of the prompt, D width of a token, E = 4 * model_channels, A heads.
@@ -14,7 +14,8 @@ N = H * W positions, L tokens of the prompt, D width of a token, E = 4 * model_c
 
 import json
 import math
-from collections.abc import Iterable, Mapping
+import os
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -43,6 +44,10 @@ class UNetConfig:
     num_heads: int = 8
     context_dim: int = 768
     norm_groups: int = 32
+
+    def __post_init__(self):
+        if self.model_channels % self.num_heads or len(self.attention) != len(self.channel_mult):
+            raise ValueError(f"num_heads {self.num_heads} or attention {self.attention} don't fit")
 
 
 class ResBlock(nn.Module):
@@ -355,6 +360,10 @@ class CheckpointError(ValueError):
     """A checkpoint that can't be used; the message says what it is and what to pass instead."""
 
 
+class Misfit(CheckpointError):
+    """Tensors that are not those of the network that is to take them."""
+
+
 @dataclass(frozen=True)
 class Part:
     """Where one model lies: its keys in a single file, its folder and file in the other layout."""
@@ -370,10 +379,17 @@ PART = Part(
     "UNet", ("model.diffusion_model.",), "unet", "diffusion_pytorch_model", "unet_config"
 )
 
+_PICKLE = (  # the command runs no code of the pickle's
+    "a pickle, which can run code when opened: pass a .safetensors file, or make one with "
+    "python -c \"import torch, safetensors.torch as s; "
+    "d = torch.load('FILE', 'cpu', weights_only=True); d = d.get('state_dict', d); "
+    "s.save_file({k: v.clone() for k, v in d.items() if hasattr(v, 'dtype')}, "
+    "'FILE.safetensors')\""
+)
 # What the first bytes of a file that is not a safetensors file say that it is.
 _NOT_WEIGHTS = {
-    b"PK\x03\x04": "a pickle, which can run code when opened: pass a .safetensors file",
-    b"\x80\x02\x8a": "a pickle, which can run code when opened: pass a .safetensors file",
+    b"PK\x03\x04": _PICKLE,
+    b"\x80": _PICKLE,
     b"<": "a web page saved under a model's name: download the file itself",
     b"version https://git-lfs": "a Git LFS pointer, not the weights: run `git lfs pull` there",
 }
@@ -398,9 +414,8 @@ def load_unet(
     tensors, stored = read_checkpoint(path, PART)
     config = config or read_config(UNetConfig, stored, path)
     _refuse_other_unets(tensors, config, path)
-    with torch.device("meta"):  # no memory and no random numbers for weights about to be replaced
-        unet = UNet(config).to(dtype)
-    load_strict(unet, rename(tensors, _renames(config)), path, device)
+    unet = build(lambda: UNet(config), path).to(dtype)
+    load_strict(unet, rename(tensors, renames(config)), path, device)
     return unet.eval().requires_grad_(False)
 
 
@@ -412,18 +427,49 @@ def read_checkpoint(path: str | Path, part: Part) -> tuple[dict[str, Tensor], st
     opened.  The configuration, for `read_config`, is "{}" unless a single file carries one.
     Raises CheckpointError.
     """
-    path = Path(path).expanduser()
-    if path.is_dir():
+    path = Path(os.path.expanduser(path))
+    if os.path.isdir(path):
         files, prefixes = _files_in_folder(path, part), ("",)
     else:
         files, prefixes = [path], part.prefixes
     tensors, config = {}, "{}"
     for file in files:
-        with _open(file) as opened:
-            names = _select(file, opened.keys(), part, prefixes)
-            tensors |= {short: opened.get_tensor(name) for short, name in names.items()}
-            config = (opened.metadata() or {}).get(part.config, config)
+        found, metadata = read_file(
+            file, lambda names, file=file: _select(file, names, part, prefixes))
+        tensors |= found
+        config = metadata.get(part.config, config)
     return tensors, config
+
+
+def read_file(
+    path: str | Path, choose: Callable[[list[str]], dict[str, str]] | None = None
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and metadata of a safetensors file, memory mapped; no pickle is ever opened.
+
+    `choose` is given the names of all tensors, and returns those to read, each under the name to
+    return it by; None reads all.  Raises CheckpointError, with the sentence that says what the file
+    is.
+    """
+    path = Path(path)
+    try:
+        str(path).encode()
+        if os.path.exists(path) and not os.path.isfile(path):  # a pipe would be waited for
+            raise CheckpointError(f"{path} is not a file: pass a .safetensors file")
+        with safe_open(path, framework="pt") as opened:
+            names = list(opened.keys())
+            names = choose(names) if choose else dict(zip(names, names))
+            tensors = {short: opened.get_tensor(name) for short, name in names.items()}
+            return tensors, opened.metadata() or {}
+    except FileNotFoundError as error:
+        raise CheckpointError(
+            f"{path} does not exist: pass a .safetensors file or a model's folder"
+        ) from error
+    except UnicodeEncodeError as error:
+        raise CheckpointError(f"{path!a} has a name that is not UTF-8: rename it") from error
+    except OSError as error:
+        raise CheckpointError(f"{path} can't be read ({error.strerror or error})") from error
+    except SafetensorError as error:  # not sooner: a good file may begin with these bytes as well
+        raise CheckpointError(f"{path} is {_what_it_is(path, error)}") from error
 
 
 def read_config(kind: type, stored: str, source: str | Path):
@@ -436,13 +482,48 @@ def read_config(kind: type, stored: str, source: str | Path):
         for name, value in values.items():
             values[name] = value = tuple(value) if isinstance(value, list) else value
             usual = getattr(default, name)
-            if not isinstance(value, (int, float) if isinstance(usual, float) else type(usual)):
+            if not (_alike(value, usual) and _in_bounds(name, value)):
                 raise ValueError(f"{name} is {value!r}")
         return kind(**values)
-    except (ValueError, TypeError, AttributeError) as error:
+    except (ValueError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
         raise CheckpointError(
             f"{source} carries settings of a {kind.__name__} that can't be read ({error}): "
             "save it again, or pass a Stable Diffusion 1.5 checkpoint"
+        ) from error
+
+
+def _alike(value, usual) -> bool:
+    """Whether a setting is of the type of its default, and finite where it is a fraction."""
+    if isinstance(usual, tuple):
+        return isinstance(value, tuple) and value != () and all(_alike(v, usual[0]) for v in value)
+    if isinstance(usual, float):
+        return isinstance(value, int | float) and math.isfinite(value) and value > 0
+    return type(value) is type(usual)
+
+
+def _in_bounds(name: str, value) -> bool:
+    """Whether a size is one that could be meant, so that no time or memory goes into another."""
+    if isinstance(value, tuple):
+        return len(value) <= 8 and all(_in_bounds(name, v) for v in value)
+    most = 64 if name in ("layers", "num_res_blocks") else 1 << 16
+    return not isinstance(value, int) or 0 <= value <= most
+
+
+def build(make: Callable[[], nn.Module], source: str | Path) -> nn.Module:
+    """The network that `make` makes, on the meta device, for weights to be loaded into.
+
+    That takes no memory and no random numbers.  Raises CheckpointError where it can't be made, with
+    sizes that were read from a damaged file.
+    """
+    try:
+        with torch.device("meta"):
+            return make()
+    except CheckpointError as error:
+        raise CheckpointError(f"{source}: {error}") from error
+    except (ValueError, TypeError, RuntimeError, IndexError, ArithmeticError) as error:
+        raise CheckpointError(
+            f"{source} carries sizes that make no network ({error}): download it again, or pass "
+            "another"
         ) from error
 
 
@@ -454,15 +535,17 @@ def load_strict(
 
     A module on the meta device takes the tensors over, one by one where they need another dtype or
     `device` and else without a copy, and only buffers outside its state dict stay there; any other
-    module is filled in place.  1x1 convolutions accept the weight
-    of a linear layer.  Raises CheckpointError, naming what is missing, unexpected or of another
-    shape; `source` is what the message calls the checkpoint.
+    module is filled in place.  1x1 convolutions accept the weight of a linear layer.  Raises
+    Misfit, naming what is missing, unexpected or of another shape, and CheckpointError for numbers
+    that are not finite, in the parameter's dtype; `source` is what the message calls the
+    checkpoint.
     """
     wanted = module.state_dict()
     ready = {name: _fit(tensor, wanted.get(name), device) for name, tensor in tensors.items()}
     faults = {
         "missing": [n for n in wanted if n not in ready],
         "unexpected": [n for n in ready if n not in wanted],
+        "not of numbers": [n for n in wanted if n in ready and not tensors[n].is_floating_point()],
         "of another shape": [
             f"{n} {tuple(ready[n].shape)} for {tuple(wanted[n].shape)}"
             for n in wanted if n in ready and ready[n].shape != wanted[n].shape
@@ -470,9 +553,14 @@ def load_strict(
     }
     if any(faults.values()):
         found = "; ".join(_count(what, names) for what, names in faults.items() if names)
-        raise CheckpointError(
+        raise Misfit(
             f"{source} does not fit {type(module).__name__} ({found}): "
             "pass a Stable Diffusion 1.5 checkpoint, or one of the sizes configured"
+        )
+    if broken := [name for name, tensor in ready.items() if not _is_finite(tensor)]:
+        raise CheckpointError(
+            f"{source} is damaged ({_count('with numbers that are not finite', broken)}): "
+            "download it again, or pass another"
         )
     assign = all(p.is_meta for p in wanted.values())
     module.load_state_dict(ready, assign=assign)
@@ -489,7 +577,7 @@ def rename(tensors: Mapping[str, Tensor], table: Mapping[str, str]) -> dict[str,
     return {new(name): tensor for name, tensor in tensors.items()}
 
 
-def _renames(config: UNetConfig) -> dict[str, str]:
+def renames(config: UNetConfig) -> dict[str, str]:
     """Folder names to single-file names: numbered by level and kind there, in one row here."""
     levels, depth = range(len(config.channel_mult)), config.num_res_blocks
     places = {f"mid_block.resnets.{i}.": f"middle_block.{2 * i}." for i in range(2)}
@@ -517,6 +605,12 @@ def _renames(config: UNetConfig) -> dict[str, str]:
     }
 
 
+def folder_name(name: str, table: Mapping[str, str]) -> str:
+    """The folder layout's name of a single-file name: the table of `renames`, read backwards."""
+    matches = (old + name[len(new):] for old, new in table.items() if name.startswith(new))
+    return next(reversed([name, *matches]))  # where two match, the later is the narrower
+
+
 def _select(path: Path, names: Iterable[str], part: Part, prefixes: tuple[str, ...]) -> dict:
     """The names that belong to `part`, by what is left of them without their prefix."""
     plain = {name.removeprefix("state_dict."): name for name in names}
@@ -542,21 +636,13 @@ def _select(path: Path, names: Iterable[str], part: Part, prefixes: tuple[str, .
     return {short: full for short, full in chosen.items() if not short.startswith(left_over)}
 
 
-def _open(path: Path) -> safe_open:
-    """An open safetensors file, or the sentence that says why there is none."""
-    try:
-        return safe_open(path, framework="pt")
-    except FileNotFoundError as error:
-        raise CheckpointError(
-            f"{path} does not exist: pass a .safetensors file or a model's folder"
-        ) from error
-    except SafetensorError as error:  # not sooner: a good file may begin with these bytes as well
-        with path.open("rb") as file:
-            head = file.read(64).lstrip()
-        known = (what for start, what in _NOT_WEIGHTS.items() if head.startswith(start))
-        unknown = f"cut short or not a safetensors file ({error}): download it again"
-        what = next(known, unknown) if head else "empty: download it again"
-        raise CheckpointError(f"{path} is {what}") from error
+def _what_it_is(path: Path, error: Exception) -> str:
+    """What a file that is not safetensors is, from its first bytes, and what to do about it."""
+    with path.open("rb") as file:
+        head = file.read(64).lstrip()
+    known = (what for start, what in _NOT_WEIGHTS.items() if head.startswith(start))
+    unknown = f"cut short or not a safetensors file ({error}): download it again"
+    return next(known, unknown).replace("FILE", str(path)) if head else "empty: download it again"
 
 
 def _files_in_folder(path: Path, part: Part) -> list[Path]:
@@ -568,12 +654,22 @@ def _files_in_folder(path: Path, part: Part) -> list[Path]:
                 return [whole]
             index = folder / f"{part.stem}.safetensors.index{variant}.json"
             if index.is_file():
-                shards = json.loads(index.read_text())["weight_map"].values()
-                return [folder / shard for shard in sorted(set(shards))]
+                return [folder / shard for shard in _shards(index)]
     raise CheckpointError(
         f"{path} has no {part.folder}/{part.stem}.safetensors: "
         "pass the folder of a whole model, saved as safetensors"
     )
+
+
+def _shards(index: Path) -> list[str]:
+    """The names of the files that an index speaks of, all in its own folder."""
+    try:
+        shards = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
+        if not shards or any(Path(shard).name != shard for shard in shards):
+            raise ValueError("names of files are missing, or lead elsewhere")
+        return shards
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise CheckpointError(f"{index} can't be read ({error}): download it again") from error
 
 
 def _refuse_other_unets(
@@ -601,6 +697,11 @@ def _fit(tensor: Tensor, like: Tensor | None, device: torch.device | str | None)
     if tensor.ndim == 2 and like.shape == (*tensor.shape, 1, 1):
         tensor = tensor[:, :, None, None]
     return tensor.to(device, like.dtype)
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    """Whether all numbers are: a sum shows it at the price of reading them once."""
+    return tensor.is_meta or bool(tensor.sum(dtype=torch.float32).isfinite())
 
 
 def _count(what: str, names: list[str]) -> str:

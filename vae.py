@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from unet import Part, load_strict, read_checkpoint, read_config, rename
+from unet import Part, build, load_strict, read_checkpoint, read_config, rename
 
 
 @dataclass(frozen=True)
@@ -204,8 +204,7 @@ def load_vae(
     """
     tensors, stored = read_checkpoint(path, PART)
     config = config or read_config(VAEConfig, stored, path)
-    with torch.device("meta"):  # no memory and no random numbers for weights about to be replaced
-        vae = VAE(config).to(dtype)
+    vae = build(lambda: VAE(config), path).to(dtype)
     load_strict(vae, rename(tensors, _renames(config)), path, device)
     return vae.eval().requires_grad_(False)
 
