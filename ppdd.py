@@ -21,8 +21,6 @@ import hashlib
 import json
 import math
 import os
-import re
-from collections import defaultdict
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
@@ -42,14 +40,14 @@ from unet import (
     UNet,
     UNetConfig,
     build,
-    folder_name,
     injection_channels,
     load_strict,
     load_unet,
+    lora_scale,
+    merge_lora,
     normal,
     read_config,
     read_file,
-    renames,
 )
 from vae import VAE, load_vae
 
@@ -529,132 +527,16 @@ def _laid_out(module: nn.Module) -> nn.Module:
     return module.to(memory_format=torch.channels_last) if on_gpu else module
 
 
-_LORA = re.compile(r"(.+?)[._]lora(?:_linear_layer)?[._](down|up|A|B)(?:\.default)?\.weight")
-
-
 def merge_loras(base: Base, given: Iterable[str]) -> list[str]:
     """Merges each "FILE" or "FILE:scale" into the base; returns a sentence on each, to print."""
     said = []
     for path, scale in map(lora_scale, given):
-        unused = merge_lora(base, path, scale)
+        unused = merge_lora(base.unet, base.text, path, scale)
+        base.loras += ((path, scale),)
         names = ", ".join(unused[:3]) + ", …" * (len(unused) > 3)
         left = f"; {len(unused)} of its tensors have no place here: {names}" if unused else ""
         said.append(f"LoRA: {path}, merged at {scale:g}{left}")
     return said
-
-
-def lora_scale(given: str) -> tuple[Path, float]:
-    """The file and the scale of "FILE:scale", where "FILE" alone is 1."""
-    file, _, scale = given.rpartition(":")
-    try:
-        file, factor = file, float(scale)
-    except ValueError:
-        file, factor = given, 1.0
-    if not file or not abs(factor) <= 100:
-        raise CheckpointError(f"LoRA {given!r}: FILE or FILE:scale, with a scale up to 100")
-    return Path(os.path.expanduser(file)), factor
-
-
-def merge_lora(base: Base, path: Path, scale: float = 1.0) -> list[str]:
-    """Adds a LoRA file to the base's weights: W += scale · (alpha / rank) · up @ down.
-
-    Linear layers and convolutions of the UNet and the text encoder, in the names of kohya, of
-    diffusers and peft, and of old diffusers. Returns the names of the tensors that no layer here
-    has a place for. Raises CheckpointError, and changes nothing, where the file does not fit.
-    """
-    tensors, metadata = read_file(path)
-    _refuse_other_loras(tensors, metadata, path)
-    pairs, places = _lora_pairs(tensors), _places(base)
-    changes = {name: pair for name, pair in pairs.items() if name in places and len(pair) == 2}
-    if not changes:
-        raise CheckpointError(f"{path} holds no LoRA for {base.name}: pass one for Stable "
-                              "Diffusion 1.5")
-    alphas = _lora_alphas(tensors, metadata, path)
-    for layer, pair in changes.items():
-        down, up, weight = tensors[pair["down"]], tensors[pair["up"]], places[layer].weight
-        if min(down.ndim, up.ndim) < 2 or not 0 < len(down) == up[0].numel() or (
-                len(up), down[0].numel()) != (len(weight), weight[0].numel()):
-            raise CheckpointError(f"{path} is a LoRA for another base than {base.name} (layer "
-                                  f"{layer}): pass one for Stable Diffusion 1.5")
-        factor = scale * alphas(layer, len(down)) / len(down)
-        changes[layer] = factor, down, up
-        if not (factor * (up.float().sum() + down.float().sum())).isfinite():
-            raise CheckpointError(f"{path} holds numbers that are not finite (layer {layer}): "
-                                  "download it again")
-    for layer, (factor, down, up) in changes.items():        # replaced: the old may be mapped
-        weight = places[layer].weight
-        down, up = (half.to(weight.device, torch.float32).flatten(1) for half in (down, up))
-        change = factor * (up @ down).view_as(weight)
-        places[layer].weight = nn.Parameter((weight.float() + change).to(weight.dtype), False)
-    base.loras += ((path, scale),)
-    used = {name for layer in changes for name in pairs[layer].values()}
-    return [name for name in tensors if name not in used and not name.endswith(".alpha")]
-
-
-def _refuse_other_loras(tensors: dict[str, Tensor], metadata: dict, path: Path) -> None:
-    """Raises CheckpointError for what is no plain LoRA, or one of a base that is told by names."""
-    other = ("hada_", "lokr_", "oft_", "dora_scale", "lora_magnitude", "lora_mid", "lora_bias")
-    if any(mark in name for name in tensors for mark in other) or "use_rslora\": true" in str(
-            metadata.get("lora_adapter_metadata")):
-        raise CheckpointError(f"{path} is not a plain LoRA (but LoHa, LoKr, DoRA or the like): "
-                              "merge it into a checkpoint with the tool that made it")
-    if any(name.startswith(("lora_te2_", "text_encoder_2.")) for name in tensors):
-        raise CheckpointError(f"{path} is a LoRA for Stable Diffusion XL: pass one for 1.5")
-
-
-def _flat(layer: str) -> str:
-    """A layer's name as all three ways of writing it have it in common: "unet_" or "text_" …"""
-    name = layer.replace(".", "_").replace("_processor_", "_") + "_"
-    name = re.sub("^(base_model_model|lora)_", "", name)
-    if name.startswith(("te_", "te1_", "text_encoder_")):
-        name = "text_" + re.sub("^(te1?|text_encoder)_(text_model_)?", "", name)
-        return re.sub("attn_to_(q|k|v|out)_$", r"attn_\1_proj_", name)
-    return "unet_" + re.sub("to_out_$", "to_out_0_", name.removeprefix("unet_"))
-
-
-def _lora_pairs(tensors: dict[str, Tensor]) -> dict[str, dict[str, str]]:
-    """Of each layer, the names of its two halves."""
-    pairs, half = defaultdict(dict), {"A": "down", "B": "up", "down": "down", "up": "up"}
-    for name in tensors:
-        if found := _LORA.fullmatch(name):
-            pairs[_flat(found[1])][half[found[2]]] = name
-    return pairs
-
-
-def _lora_alphas(tensors: dict[str, Tensor], metadata: dict,
-                 path: Path) -> Callable[[str, int], float]:
-    """alpha of a layer of this rank: its tensor's, else the one peft wrote down, else the rank."""
-    said: dict[str, float] = {}
-    try:
-        written = json.loads(metadata.get("lora_adapter_metadata", "{}"))
-        for part, short in (("unet", "unet"), ("text_encoder", "text")):
-            for name, alpha in written.get(f"{part}.alpha_pattern", {}).items():
-                said[_flat(f"{part}.{name}")] = float(alpha)
-            if f"{part}.lora_alpha" in written:
-                said[short] = float(written[f"{part}.lora_alpha"])
-        said |= {_flat(k[:-6]): v.item() for k, v in tensors.items() if k.endswith(".alpha")}
-    except (ValueError, TypeError, AttributeError, RuntimeError, RecursionError) as error:
-        raise CheckpointError(f"{path} holds an alpha that can't be read ({error}): download it "
-                              "again") from error
-
-    def alpha(layer: str, rank: int) -> float:
-        part, _, name = layer.partition("_")
-        ends = (v for k, v in said.items() if f"_{name}".endswith(f"_{k.partition('_')[2]}")
-                and k.startswith(f"{part}_"))
-        return next(ends, said.get(part, rank))
-
-    return alpha
-
-
-def _places(base: Base) -> dict[str, nn.Module]:
-    """The base's layers by their `_flat` names, in the folder layout's spelling and in ours."""
-    names = {f"unet.{name}": layer for name, layer in base.unet.named_modules()}
-    table = renames(base.unet.config)
-    names |= {f"unet.{folder_name(name + '.', table)[:-1]}": layer
-              for name, layer in base.unet.named_modules()}
-    names |= {f"text_encoder.{name}": layer for name, layer in base.text.named_modules()}
-    return {_flat(name): layer for name, layer in names.items()
-            if isinstance(layer, nn.Linear | nn.Conv2d)}
 
 
 def fingerprint(path: Path, loras: Iterable[tuple[Path, float]] = ()) -> str:
@@ -738,45 +620,6 @@ def load_guide(path: Path, base: UNetConfig, dtype: torch.dtype = torch.float32,
 
 
 # ------------------------------------------------------------------------------- guides elsewhere
-
-def save_controlnet(folder: Path, guide: FullGuide, name: str) -> Path:
-    """A full guide as the ControlNet that it is, fp16, in both layouts that other tools read.
-
-    config.json and diffusion_pytorch_model.safetensors are the folder layout of diffusers;
-    NAME-controlnet.safetensors is the single file, in ControlNet's own names after
-    "control_model.". Both take a plain grey picture of value g / 10 as the hint. Returns the
-    single file's path.
-    """
-    tensors = {k: v.half() for k, v in guide.state_dict().items()}
-    table = renames(guide.config) | {
-        "controlnet_cond_embedding.conv_in.": "input_hint_block.0.",
-        "controlnet_cond_embedding.conv_out.": "input_hint_block.14.",
-        "controlnet_mid_block.": "middle_block_out.0."}
-    table |= {f"controlnet_cond_embedding.blocks.{i}.": f"input_hint_block.{2 * i + 2}."
-              for i in range(6)}
-    table |= {f"controlnet_down_blocks.{i}.": f"zero_convs.{i}.0."
-              for i in range(len(guide.zero_convs))}
-    single = folder / f"{name}-controlnet.safetensors"
-    save_tensors(single, {f"control_model.{k}": v for k, v in tensors.items()})
-    save_tensors(folder / "diffusion_pytorch_model.safetensors",
-                 {folder_name(k, table): v for k, v in tensors.items()}, {"format": "pt"})
-    temporary = folder / f".config.json.{os.getpid()}.tmp"
-    temporary.write_text(json.dumps(_controlnet_config(guide), indent=2, sort_keys=True) + "\n")
-    temporary.replace(folder / "config.json")
-    return single
-
-
-def _controlnet_config(guide: FullGuide) -> dict:
-    base, hint = guide.config, guide.input_hint_block[0].out_channels
-    kinds = ["CrossAttnDownBlock2D" if attention else "DownBlock2D" for attention in base.attention]
-    return {
-        "_class_name": "ControlNetModel", "in_channels": base.in_channels,
-        "block_out_channels": [base.model_channels * m for m in base.channel_mult],
-        "layers_per_block": base.num_res_blocks, "down_block_types": kinds,
-        "cross_attention_dim": base.context_dim, "attention_head_dim": base.num_heads,
-        "norm_num_groups": base.norm_groups,
-        "conditioning_embedding_out_channels": [hint, 2 * hint, 6 * hint, 16 * hint]}
-
 
 def residuals(guide: TinyGuide, unet: nn.Module, g: float, t: Tensor, c: Tensor) -> dict:
     """What a tiny guide adds, as the keyword arguments of diffusers' UNet2DConditionModel.

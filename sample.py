@@ -34,7 +34,7 @@ from tqdm import tqdm
 
 import ppdd
 from ppdd import Base
-from unet import CheckpointError, UNetConfig, build
+from unet import CheckpointError, UNetConfig, build, folder_name, lora_scale, renames
 
 
 class BadInput(ValueError):
@@ -280,7 +280,7 @@ def check(config: Config) -> None:
         if wrong:
             raise BadInput(sentence)
     for lora in config.lora:
-        ppdd.lora_scale(lora)
+        lora_scale(lora)
     if not named:
         ppdd.read_about(path_of(config.guide))
     sides(config.size or "512")
@@ -385,9 +385,48 @@ def export(config: Config, base: Base, folder: Path) -> None:
     if method.kind != "full":
         raise BadInput(f"--export: {method.name} is not a full guide, and only that is a "
                        "ControlNet; for a tiny one see ppdd.residuals")
-    single = ppdd.save_controlnet(folder, method.guide, method.name)
+    single = save_controlnet(folder, method.guide, method.name)
     print(f"{folder}: a ControlNet in diffusers' layout; {single}: the same in one file; both fp16"
           "\nits picture is plain grey, g / 10 of white: 204 of 255 for g = 8; guidance scale 1")
+
+
+def save_controlnet(folder: Path, guide: ppdd.FullGuide, name: str) -> Path:
+    """A full guide as the ControlNet that it is, fp16, in both layouts that other tools read.
+
+    config.json and diffusion_pytorch_model.safetensors are the folder layout of diffusers;
+    NAME-controlnet.safetensors is the single file, in ControlNet's own names after
+    "control_model.". Both take a plain grey picture of value g / 10 as the hint. Returns the
+    single file's path.
+    """
+    tensors = {k: v.half() for k, v in guide.state_dict().items()}
+    table = renames(guide.config) | {
+        "controlnet_cond_embedding.conv_in.": "input_hint_block.0.",
+        "controlnet_cond_embedding.conv_out.": "input_hint_block.14.",
+        "controlnet_mid_block.": "middle_block_out.0."}
+    table |= {f"controlnet_cond_embedding.blocks.{i}.": f"input_hint_block.{2 * i + 2}."
+              for i in range(6)}
+    table |= {f"controlnet_down_blocks.{i}.": f"zero_convs.{i}.0."
+              for i in range(len(guide.zero_convs))}
+    single = folder / f"{name}-controlnet.safetensors"
+    ppdd.save_tensors(single, {f"control_model.{k}": v for k, v in tensors.items()})
+    ppdd.save_tensors(folder / "diffusion_pytorch_model.safetensors",
+                 {folder_name(k, table): v for k, v in tensors.items()}, {"format": "pt"})
+    temporary = folder / f".config.json.{os.getpid()}.tmp"
+    temporary.write_text(json.dumps(_controlnet_config(guide), indent=2, sort_keys=True) + "\n")
+    temporary.replace(folder / "config.json")
+    return single
+
+
+def _controlnet_config(guide: ppdd.FullGuide) -> dict:
+    base, hint = guide.config, guide.input_hint_block[0].out_channels
+    kinds = ["CrossAttnDownBlock2D" if attention else "DownBlock2D" for attention in base.attention]
+    return {
+        "_class_name": "ControlNetModel", "in_channels": base.in_channels,
+        "block_out_channels": [base.model_channels * m for m in base.channel_mult],
+        "layers_per_block": base.num_res_blocks, "down_block_types": kinds,
+        "cross_attention_dim": base.context_dim, "attention_head_dim": base.num_heads,
+        "norm_num_groups": base.norm_groups,
+        "conditioning_embedding_out_channels": [hint, 2 * hint, 6 * hint, 16 * hint]}
 
 
 def far(about: dict, steps: int) -> tuple[bool, float]:

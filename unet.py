@@ -15,6 +15,8 @@ N = H * W positions, L tokens of the prompt, D width of a token, E = 4 * model_c
 import json
 import math
 import os
+import re
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -706,3 +708,121 @@ def _is_finite(tensor: Tensor) -> bool:
 
 def _count(what: str, names: list[str]) -> str:
     return f"{len(names)} {what}: {', '.join(names[:3])}{', …' if len(names) > 3 else ''}"
+
+
+# -------------------------------------------------------------------------------------- LoRA files
+
+_LORA = re.compile(r"(.+?)[._]lora(?:_linear_layer)?[._](down|up|A|B)(?:\.default)?\.weight")
+
+
+def lora_scale(given: str) -> tuple[Path, float]:
+    """The file and the scale of "FILE:scale", where "FILE" alone is 1."""
+    file, _, scale = given.rpartition(":")
+    try:
+        file, factor = file, float(scale)
+    except ValueError:
+        file, factor = given, 1.0
+    if not file or not abs(factor) <= 100:
+        raise CheckpointError(f"LoRA {given!r}: FILE or FILE:scale, with a scale up to 100")
+    return Path(os.path.expanduser(file)), factor
+
+
+def merge_lora(unet: UNet, text: nn.Module, path: Path, scale: float = 1.0) -> list[str]:
+    """Adds a LoRA file to a base's weights: W += scale · (alpha / rank) · up @ down.
+
+    Linear layers and convolutions of `unet` and of the text encoder, in the names of kohya, of
+    diffusers and peft, and of old diffusers. Returns the names of the tensors that no layer here
+    has a place for. Raises CheckpointError, and changes nothing, where the file does not fit.
+    """
+    tensors, metadata = read_file(path)
+    _refuse_other_loras(tensors, metadata, path)
+    pairs, places = _lora_pairs(tensors), _places(unet, text)
+    changes = {name: pair for name, pair in pairs.items() if name in places and len(pair) == 2}
+    if not changes:
+        raise CheckpointError(f"{path} holds no LoRA for a base of this kind: pass one for Stable "
+                              "Diffusion 1.5")
+    alphas = _lora_alphas(tensors, metadata, path)
+    for layer, pair in changes.items():
+        down, up, weight = tensors[pair["down"]], tensors[pair["up"]], places[layer].weight
+        if min(down.ndim, up.ndim) < 2 or not 0 < len(down) == up[0].numel() or (
+                len(up), down[0].numel()) != (len(weight), weight[0].numel()):
+            raise CheckpointError(f"{path} is a LoRA for a base of another shape (layer {layer}): "
+                                  "pass one for Stable Diffusion 1.5")
+        factor = scale * alphas(layer, len(down)) / len(down)
+        changes[layer] = factor, down, up
+        if not (factor * (up.float().sum() + down.float().sum())).isfinite():
+            raise CheckpointError(f"{path} holds numbers that are not finite (layer {layer}): "
+                                  "download it again")
+    for layer, (factor, down, up) in changes.items():        # replaced: the old may be mapped
+        weight = places[layer].weight
+        down, up = (half.to(weight.device, torch.float32).flatten(1) for half in (down, up))
+        change = factor * (up @ down).view_as(weight)
+        places[layer].weight = nn.Parameter((weight.float() + change).to(weight.dtype), False)
+    used = {name for layer in changes for name in pairs[layer].values()}
+    return [name for name in tensors if name not in used and not name.endswith(".alpha")]
+
+
+def _refuse_other_loras(tensors: dict[str, Tensor], metadata: dict, path: Path) -> None:
+    """Raises CheckpointError for what is no plain LoRA, or one of a base that is told by names."""
+    other = ("hada_", "lokr_", "oft_", "dora_scale", "lora_magnitude", "lora_mid", "lora_bias")
+    if any(mark in name for name in tensors for mark in other) or "use_rslora\": true" in str(
+            metadata.get("lora_adapter_metadata")):
+        raise CheckpointError(f"{path} is not a plain LoRA (but LoHa, LoKr, DoRA or the like): "
+                              "merge it into a checkpoint with the tool that made it")
+    if any(name.startswith(("lora_te2_", "text_encoder_2.")) for name in tensors):
+        raise CheckpointError(f"{path} is a LoRA for Stable Diffusion XL: pass one for 1.5")
+
+
+def _flat(layer: str) -> str:
+    """A layer's name as all three ways of writing it have it in common: "unet_" or "text_" …"""
+    name = layer.replace(".", "_").replace("_processor_", "_") + "_"
+    name = re.sub("^(base_model_model|lora)_", "", name)
+    if name.startswith(("te_", "te1_", "text_encoder_")):
+        name = "text_" + re.sub("^(te1?|text_encoder)_(text_model_)?", "", name)
+        return re.sub("attn_to_(q|k|v|out)_$", r"attn_\1_proj_", name)
+    return "unet_" + re.sub("to_out_$", "to_out_0_", name.removeprefix("unet_"))
+
+
+def _lora_pairs(tensors: dict[str, Tensor]) -> dict[str, dict[str, str]]:
+    """Of each layer, the names of its two halves."""
+    pairs, half = defaultdict(dict), {"A": "down", "B": "up", "down": "down", "up": "up"}
+    for name in tensors:
+        if found := _LORA.fullmatch(name):
+            pairs[_flat(found[1])][half[found[2]]] = name
+    return pairs
+
+
+def _lora_alphas(tensors: dict[str, Tensor], metadata: dict,
+                 path: Path) -> Callable[[str, int], float]:
+    """alpha of a layer of this rank: its tensor's, else the one peft wrote down, else the rank."""
+    said: dict[str, float] = {}
+    try:
+        written = json.loads(metadata.get("lora_adapter_metadata", "{}"))
+        for part, short in (("unet", "unet"), ("text_encoder", "text")):
+            for name, alpha in written.get(f"{part}.alpha_pattern", {}).items():
+                said[_flat(f"{part}.{name}")] = float(alpha)
+            if f"{part}.lora_alpha" in written:
+                said[short] = float(written[f"{part}.lora_alpha"])
+        said |= {_flat(k[:-6]): v.item() for k, v in tensors.items() if k.endswith(".alpha")}
+    except (ValueError, TypeError, AttributeError, RuntimeError, RecursionError) as error:
+        raise CheckpointError(f"{path} holds an alpha that can't be read ({error}): download it "
+                              "again") from error
+
+    def alpha(layer: str, rank: int) -> float:
+        part, _, name = layer.partition("_")
+        ends = (v for k, v in said.items() if f"_{name}".endswith(f"_{k.partition('_')[2]}")
+                and k.startswith(f"{part}_"))
+        return next(ends, said.get(part, rank))
+
+    return alpha
+
+
+def _places(unet: UNet, text: nn.Module) -> dict[str, nn.Module]:
+    """A base's layers by their `_flat` names, in the folder layout's spelling and in ours."""
+    names = {f"unet.{name}": layer for name, layer in unet.named_modules()}
+    table = renames(unet.config)
+    names |= {f"unet.{folder_name(name + '.', table)[:-1]}": layer
+              for name, layer in unet.named_modules()}
+    names |= {f"text_encoder.{name}": layer for name, layer in text.named_modules()}
+    return {_flat(name): layer for name, layer in names.items()
+            if isinstance(layer, nn.Linear | nn.Conv2d)}

@@ -53,7 +53,7 @@ from torch import nn
 import ppdd
 import sample
 import unet
-from unet import CheckpointError, UNet, UNetConfig, load_unet
+from unet import CheckpointError, UNet, UNetConfig, load_unet, lora_scale, merge_lora
 
 RANK = 3
 
@@ -167,7 +167,7 @@ def test_a_lora_is_merged_in_every_spelling(base, theirs, tmp_path, spelling):
     for i, ((part, name), pair) in enumerate(lora.items()):
         alpha = i % 3 + 1 if spelling == "kohya" else RANK
         merge_by_hand(theirs[part].get_submodule(name), *pair, 0.7 * alpha / RANK)
-    assert ppdd.merge_lora(base, tmp_path / "style.safetensors", 0.7) == []
+    assert merge_lora(base.unet, base.text, tmp_path / "style.safetensors", 0.7) == []
     check_merged(base, theirs)
     changed = [not torch.equal(v, before["unet"][k]) for k, v in base.unet.state_dict().items()]
     assert sum(changed) == sum(part == "unet" for part, _ in lora)
@@ -194,7 +194,7 @@ def test_a_lora_that_diffusers_saved_with_its_alphas(base, theirs, tmp_path, nam
         tmp_path, layers["unet"], layers["text_encoder"],
         unet_lora_adapter_metadata=alphas["unet"],
         text_encoder_lora_adapter_metadata=alphas["text_encoder"])
-    assert ppdd.merge_lora(base, tmp_path / "pytorch_lora_weights.safetensors") == []
+    assert merge_lora(base.unet, base.text, tmp_path / "pytorch_lora_weights.safetensors") == []
     check_merged(base, theirs)
 
 
@@ -223,7 +223,7 @@ def test_a_lora_in_half_precision_is_merged_in_float32(base, theirs, tmp_path):
     layer = theirs["unet"].get_submodule(key[1])
     layer.weight.copy_(layer.weight.bfloat16())
     merge_by_hand(layer, down.half().float(), up.half().float(), 1 / RANK)
-    ppdd.merge_lora(base, tmp_path / "l.safetensors")
+    merge_lora(base.unet, base.text, tmp_path / "l.safetensors")
     ours = base.unet.input_blocks[1][1].transformer_blocks[0].attn1.to_v.weight
     assert ours.dtype == torch.bfloat16 and torch.equal(ours, layer.weight.bfloat16())
 
@@ -236,9 +236,9 @@ def pair_of(name: str, down: tuple, up: tuple, *suffixes: str) -> dict:
 TO_K = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn2_to_k"
 GOOD = pair_of(TO_K, (4, 32), (32, 4))
 WRONG_LORAS = {
-    "another base than .* for Stable Diffusion 1.5": pair_of(TO_K, (4, 2048), (32, 4)),  # XL's
-    "another base than": pair_of(TO_K, (4, 1024), (32, 4)),                              # SD 2's
-    "another base": pair_of(TO_K, (0, 32), (32, 0)),
+    "base of another shape .* for Stable Diffusion 1.5": pair_of(TO_K, (4, 2048), (32, 4)),  # XL's
+    "base of another": pair_of(TO_K, (4, 1024), (32, 4)),                              # SD 2's
+    "of another shape": pair_of(TO_K, (0, 32), (32, 0)),
     "another": pair_of(TO_K, (32,), (32,)),
     "Stable Diffusion XL: pass one for 1.5": pair_of("lora_te2_text_model_x", (4, 8), (8, 4)),
     "holds no LoRA for": pair_of("transformer.single_blocks.0.linear", (4, 8), (8, 4)),
@@ -256,7 +256,7 @@ def test_a_lora_of_another_kind_or_base_is_refused_whole(base, theirs, tmp_path,
     good = peft(lora_of({"unet": theirs["unet"]}, "attn1.to_q$")) if "another" in sentence else {}
     save_file(good | WRONG_LORAS[sentence], tmp_path / "bad.safetensors")
     with pytest.raises(CheckpointError, match=f"bad.safetensors .*{sentence}") as error:
-        ppdd.merge_lora(base, tmp_path / "bad.safetensors")
+        merge_lora(base.unet, base.text, tmp_path / "bad.safetensors")
     assert "\n" not in str(error.value) and not base.loras
     assert all(torch.equal(v, before[k]) for k, v in base.unet.state_dict().items())
 
@@ -266,14 +266,14 @@ def test_a_lora_of_another_kind_or_base_is_refused_whole(base, theirs, tmp_path,
     ("a:b.safetensors:-1", "a:b.safetensors", -1), ("C:/a.safetensors", "C:/a.safetensors", 1),
     ("a:b", "a:b", 1), ("~no-one/a:2", "~no-one/a", 2)])
 def test_the_scale_of_a_lora(given, file, scale):
-    path, factor = ppdd.lora_scale(given)
+    path, factor = lora_scale(given)
     assert (str(path), factor) == (file, scale)
 
 
 @pytest.mark.parametrize("given", ["", ":2", "a:nan", "a:inf", "a:1e9", "a:-101"])
 def test_an_absurd_scale_of_a_lora(given):
     with pytest.raises(CheckpointError, match="FILE or FILE:scale"):
-        ppdd.lora_scale(given)
+        lora_scale(given)
 
 
 def test_a_guide_plugs_into_a_base_with_a_lora(here, toys, theirs, capsys):  # noqa: F811
@@ -372,7 +372,7 @@ def test_an_exported_guide_has_the_names_that_other_tools_look_for(exported):
     assert "control_model.input_hint_block.14.bias" in single
     with torch.device("meta"):
         guide, theirs = ppdd.FullGuide(UNetConfig()), ControlNetModel(cross_attention_dim=768)
-        config = ppdd._controlnet_config(guide)
+        config = sample._controlnet_config(guide)
         same = ControlNetModel.from_config(config)
     shapes = [{k: v.shape for k, v in model.state_dict().items()} for model in (theirs, same)]
     assert shapes[0] == shapes[1]
@@ -500,7 +500,8 @@ def victims(tmp_path_factory, folder):
     save_file(kohya(lora), home / "lora.safetensors", {"lora_adapter_metadata": "{}"})
     base = ppdd.Base(load_unet(folder, config=UNET), None,
                      ppdd.load_text_encoder(folder, config=TEXT), None, folder)
-    readers = {"base": whole, "guide": plugged, "lora": lambda path: ppdd.merge_lora(base, path)}
+    readers = {"base": whole, "guide": plugged,
+               "lora": lambda path: merge_lora(base.unet, base.text, path)}
     for kind, read in readers.items():
         read(home / f"{kind}.safetensors")                                  # good, to begin with
     good = {kind: ((home / f"{kind}.safetensors").read_bytes(), read)
