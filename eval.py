@@ -42,8 +42,8 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
 from functools import cached_property
-from importlib.metadata import PackageNotFoundError, version
-from itertools import groupby
+from importlib.metadata import distributions
+from itertools import groupby, pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -71,6 +71,13 @@ class BadInput(ValueError):
     """Something the person gave can't be used; the message is all they need to see."""
 
 
+def refuse(*faults: tuple[object, str]) -> None:
+    """Raises BadInput with the first sentence whose condition holds."""
+    for wrong, sentence in faults:
+        if wrong:
+            raise BadInput(sentence)
+
+
 def option(default, text: str, **more):
     """A field of a configuration, with the help text of its flag."""
     return field(default=default, metadata={"help": text, **more})
@@ -84,7 +91,8 @@ class Config:
     paths: tuple[str, ...] = option((), "fid: two folders or .npz files; clip: a folder")
     weights: str = option("", "Stable Diffusion 1.5; default: looked for, else the miniature")
     clip: str = option("", "an open_clip model, MODEL:TAG or MODEL:FILE, or mini; default: mini "
-                           "for the miniature's pictures, else ViT-g-14:laion2b_s34b_b88k")
+                           "for the miniature's pictures, else ViT-g-14:laion2b_s34b_b88k; "
+                           "OpenAI's weights in a file not named so: MODEL-quickgelu:FILE")
     inception: str = option("", "pytorch-fid's weight file; default: looked for in torch's cache")
     prompts: str = option("", "prompts: a text, one a line, COCO's captions .json, a .tsv or .csv")
     real: str = option("", "reference pictures, a folder or .npz")
@@ -106,7 +114,7 @@ class Config:
     references: int = option(0, "real postcards to compare with; 0: 2000")
     repeats: int = option(0, "tables: rounds of timing; 0: 3")
     quick: bool = option(False, "few pictures, two g, two seeds; in a result file of its own")
-    save: str = option("", "fid: write the first folder's statistics to this .npz")
+    save: str = option("", "fid: write the first folder's statistics to this file, an .npz")
     out: str = option("", "the file; default: results/COMMAND.json, a figure's docs/COMMAND.png")
 
 
@@ -149,7 +157,7 @@ class Statistics:
 
     def save(self, path: str | Path) -> None:
         """An .npz with mu and sigma, as pytorch-fid writes and reads it, and with n and of."""
-        with written(Path(path)) as temporary, temporary.open("wb") as file:
+        with ppdd.written(path) as temporary, temporary.open("wb") as file:
             np.savez(file, mu=self.mean, sigma=self.covariance, n=self.n, of=self.of)
 
     @classmethod
@@ -167,9 +175,9 @@ class Statistics:
             raise BadInput(f"{path} is no .npz with mu and sigma ({error}): pass one, or a folder "
                            "of pictures") from None
         fits = mu.ndim == 1 and sigma.shape == 2 * mu.shape and mu.size > 0
-        if not (fits and np.isfinite(mu).all() and np.isfinite(sigma).all()):
-            raise BadInput(f"{path}: mu {mu.shape} and sigma {sigma.shape} are no finite mean and "
-                           "covariance; compute them again")
+        refuse((not (fits and np.isfinite(mu).all() and np.isfinite(sigma).all()),
+                f"{path}: mu {mu.shape} and sigma {sigma.shape} are no finite mean and "
+                "covariance; compute them again"))
         self = cls(of)
         self.n, self.mean, self._scatter = n, mu, sigma * max(n - 1, 1)
         return self
@@ -414,7 +422,8 @@ def _load_open_clip(open_clip, spec: str) -> Clip:
         raise BadInput(f"--clip {spec}: there is no such file, nor such a tag of {name} ({tags})")
     try:
         file = Path(open_clip.download_pretrained(known)) if known else file
-        # OpenAI's models were trained with the quick GELU, which a file of weights can't say
+        # a file of weights can't say that it wants the quick GELU: OpenAI's do, known here by
+        # their name, and of others MODEL-quickgelu says so; which one was used is in the result
         quick = known.get("quick_gelu", False) or "openai" in Path(weights).name.lower()
         model, _, preprocess = open_clip.create_model_and_transforms(
             name, pretrained=weights if known else str(file), force_quick_gelu=quick,
@@ -424,7 +433,10 @@ def _load_open_clip(open_clip, spec: str) -> Clip:
         reason = textwrap.shorten(str(error), 140, placeholder=" …")
         raise BadInput(f"--clip {spec} can't be loaded ({reason}): pass weights you have as "
                        f"--clip {name}:FILE, .safetensors or a plain state dict") from None
-    return Clip(spec, model, preprocess, tokenizer, ppdd.fingerprint(file))
+    clip = Clip(spec, model, preprocess, tokenizer, ppdd.fingerprint(file))
+    kinds = {type(m).__name__ for m in model.modules()} & {"GELU", "QuickGELU"}
+    clip.protocol["activation"] = " and ".join(sorted(kinds))
+    return clip
 
 
 @contextmanager
@@ -556,8 +568,8 @@ def read_prompts(path: str | Path, count: int = 0, seed: int = 0) -> list[str]:
     """The prompts of a file, or `count` of them drawn by seed, in the file's order.
 
     A text has one a line; COCO's captions .json give one caption an image, chosen by seed, in the
-    order of image ids; a .tsv or .csv has a column `caption`, `text` or `prompt`, or only one whose
-    cells hold several words. Blank ones are passed over. Raises BadInput.
+    order of image ids; the first line of a .tsv or .csv names a column `caption`, `text` or
+    `prompt`. Blank ones are passed over. Raises BadInput.
     """
     path = Path(path).expanduser()
     readers = {".json": _coco_captions, ".csv": _captions_in_table, ".tsv": _captions_in_table}
@@ -593,28 +605,15 @@ def _coco_captions(path: Path, text: str, rng: random.Random) -> list[str]:
 
 
 def _captions_in_table(path: Path, text: str, rng: random.Random) -> list[str]:
-    dialect = csv.excel_tab if path.suffix.lower() == ".tsv" else csv.excel
+    table = csv.DictReader(io.StringIO(text), delimiter="\t" if path.suffix[1] in "tT" else ",")
     try:
-        rows = [row for row in csv.reader(io.StringIO(text), dialect) if any(row)]
+        names = {name.strip().lower(): name for name in table.fieldnames or ()}
+        named = [names[k] for k in ("caption", "text", "prompt") if k in names]
+        refuse((not named, f"--prompts {path}: no column is called caption, text or prompt; name "
+                           "the one that is in the first line"))
+        return [row[named[0]] or "" for row in table]
     except csv.Error as error:
         raise BadInput(f"--prompts {path}: a table that can't be read ({error})") from None
-    head = [cell.strip().lower() for cell in rows[0]] if rows else []
-    named = next((head.index(k) for k in ("caption", "text", "prompt") if k in head), None)
-    column = _wordy_column(rows) if named is None else named
-    if column is None:
-        raise BadInput(f"--prompts {path}: which column is it? Name one `caption`")
-    header = named is not None or " " not in head[column]
-    return [row[column] for row in rows[header:] if column < len(row)]
-
-
-def _wordy_column(rows: list[list[str]]) -> int | None:
-    """The only column most of whose cells hold several words; None where it is not the only one."""
-    cells: dict[int, int] = {}
-    for row in rows:
-        for i, cell in enumerate(row):
-            cells[i] = cells.get(i, 0) + (len(cell.split()) > 1)
-    wordy = [i for i, n in cells.items() if 2 * n >= len(rows)]
-    return wordy[0] if len(wordy) == 1 and wordy[0] < len(rows[0]) else None
 
 
 def prompt_in(path: Path) -> str:
@@ -629,23 +628,24 @@ def prompt_in(path: Path) -> str:
 
 # ------------------------------------------------------------------------------- results
 
-@contextmanager
-def written(path: Path) -> Iterator[Path]:
-    """A temporary name beside path, renamed to it at the end: never half a file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        yield temporary
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 def write_json(path: str | Path, value) -> None:
     """The value as JSON, indented, written aside and renamed."""
-    with written(Path(path)) as temporary:
+    with ppdd.written(path) as temporary:
         text = json.dumps(value, indent=1, allow_nan=False, ensure_ascii=False)
         temporary.write_text(text + "\n", encoding="utf-8")
+
+
+def save_png(path: Path, image: Image.Image) -> None:
+    """A PNG, written aside and renamed."""
+    with ppdd.written(path) as temporary:
+        image.save(temporary, "PNG")
+
+
+def table(head: Iterable, rows: Iterable[Iterable], align: str = "---") -> list[str]:
+    """The lines of a Markdown table whose first column has names."""
+    head, *rows = ([str(cell) for cell in line] for line in (head, *rows))
+    lines = [f"| {' | '.join(line)} |" for line in (head, *rows)]
+    return [lines[0], "|---" + f"|{align}" * (len(head) - 1) + "|", *lines[1:]]
 
 
 def commit() -> str:
@@ -667,23 +667,30 @@ def hardware(device: str | torch.device = "cpu") -> str:
     return f"{threads} CPU thread{'s' * (threads > 1)}, {platform.machine()}"
 
 
-def surroundings(config: Config) -> dict:
+def surroundings(config) -> dict:
     """What every result file says of how it came about."""
-    versions = {}
-    for package in ("torch", "numpy", "scipy", "pillow", "open_clip_torch"):
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:
-            versions[package] = None
-    return {"settings": asdict(config), "hardware": hardware(config.device), "versions": versions,
+    there = {d.name.lower().replace("-", "_"): d.version for d in distributions()}
+    packages = ("torch", "numpy", "scipy", "pillow", "open_clip_torch")
+    return {"settings": asdict(config), "hardware": hardware(config.device),
+            "versions": {package: there.get(package) for package in packages},
             "commit": commit()}
 
 
-def finish(config: Config, result: dict) -> None:
-    """Writes the result, and how it came about, to its file."""
-    path = Path(config.out or f"results/{config.command}.json").expanduser()
-    write_json(path, result | surroundings(config))
-    print(f"written to {path}")
+def result_file(config: Config) -> Path:
+    """Where the JSON goes; --quick never overwrites a real result."""
+    if not config.quick:
+        return Path(config.out or f"results/{config.command}.json").expanduser()
+    path = Path(config.out or PICTURES / f"{config.command}.json").expanduser()
+    return path.with_stem(f"{path.stem.removesuffix('-quick')}-quick")
+
+
+def finish(file: Path, result: dict, page: str = "") -> None:
+    """Writes a result as JSON, and where there is a page of Markdown prints and writes it too."""
+    write_json(file, result)
+    if page:
+        with ppdd.written(file.with_suffix(".md")) as temporary:
+            temporary.write_text(page, encoding="utf-8")
+    print(page or f"written to {file}")
 
 
 # ------------------------------------------------------------------------------- eval.py fid, clip
@@ -694,20 +701,22 @@ FEW = 2048                      # pictures under which FID's bias is large
 def run_fid(config: Config) -> None:
     """`fid A B`: the distance between two sets of pictures, each a folder or an .npz."""
     paths = [Path(path).expanduser() for path in config.paths]
-    if len(paths) != 2 and not (len(paths) == 1 and config.save):
-        raise BadInput("fid takes two folders of pictures or .npz files, or one and --save FILE")
+    refuse((len(paths) != 2 and not (len(paths) == 1 and config.save),
+            "fid takes two folders of pictures or .npz files, or one and --save FILE"))
     folders = [path for path in paths if path.suffix.lower() != ".npz"]
     known = {path: Statistics.load(path) for path in paths if path not in folders}
     name, features = "", None
+    for folder in folders:
+        picture_files(folder)
     if folders:
-        for folder in folders:
-            picture_files(folder)
         mini = of_miniature(folders[0]) and not find_inception(config.inception)
         name, features = extractor(config, mini)
     sets = [known.get(path) or measured(config, path, name, features) for path in paths]
     if config.save:
-        sets[0].save(Path(config.save).expanduser())
-        print(f"statistics of {sets[0].n or 'some'} pictures in {config.save}")
+        file = Path(config.save).expanduser()
+        file = file if file.suffix.lower() == ".npz" else file.with_name(f"{file.name}.npz")
+        sets[0].save(file)
+        print(f"statistics of {sets[0].n or 'some'} pictures in {file}")
     if len(sets) == 2:
         report_distance(config, paths, sets, features)
 
@@ -746,8 +755,9 @@ def report_distance(config: Config, paths: list[Path], sets: list[Statistics],
     for sentence in doubts(sets, name):
         print(f"warning: {sentence}", file=sys.stderr)
     network = features.protocol if features else "as in the .npz files"
-    finish(config, {"score": name, "value": value, "network": network,
-                    "sets": [described(p, s) for p, s in zip(paths, sets)]})
+    sides = [described(p, s) for p, s in zip(paths, sets)]
+    finish(result_file(config), {"score": name, "value": value, "network": network,
+                                 "sets": sides} | surroundings(config))
 
 
 def described(path: Path, side: Statistics) -> dict:
@@ -761,19 +771,15 @@ def described(path: Path, side: Statistics) -> dict:
 def doubts(sets: list[Statistics], name: str) -> list[str]:
     """Why a distance should not be trusted, in sentences."""
     n, d = min((s.n for s in sets if s.n), default=0), sets[0].mean.size
-    said = []
-    if 0 < n < FEW and name == "FID":
-        said.append(f"FID of {n} pictures is biased upwards: take at least {FEW:,}, and compare it "
-                    "only with FIDs of as many")
-    if 0 < n <= d:
-        said.append(f"{n} pictures can't fill {d} dimensions: the covariance is singular")
-    return said
+    said = {f"FID of {n} pictures is biased upwards: take at least {FEW:,}, and compare it only "
+            "with FIDs of as many": 0 < n < FEW and name == "FID",
+            f"{n} pictures can't fill {d} dimensions: the covariance is singular": 0 < n <= d}
+    return [sentence for sentence, holds in said.items() if holds]
 
 
 def run_clip(config: Config) -> None:
     """`clip DIR --prompts FILE`: the CLIP score of pictures; prompt k belongs to the k-th."""
-    if len(config.paths) != 1:
-        raise BadInput("clip takes one folder of pictures, and --prompts FILE")
+    refuse((len(config.paths) != 1, "clip takes one folder of pictures, and --prompts FILE"))
     folder = Path(config.paths[0]).expanduser()
     prompts = prompts_of(config, picture_files(folder))
     spec = config.clip or ("mini" if of_miniature(folder) else VIT_G)
@@ -785,9 +791,10 @@ def run_clip(config: Config) -> None:
     cosine, spread = float(np.mean(cosines)), float(np.std(cosines, ddof=len(cosines) > 1))
     print(f"CLIP score ({clip.name}): {100 * cosine:.3f}, cosine {cosine:.5f} ± {spread:.5f} from "
           f"picture to picture\nof {len(cosines):,} pictures of {folder}")
-    finish(config, {"score": f"CLIP score ({clip.name}), 100 cos", "value": 100 * cosine,
-                    "cosine": cosine, "deviation": spread, "pictures": len(cosines),
-                    "left out": len(prompts) - len(cosines), "network": clip.protocol})
+    finish(result_file(config), {
+        "score": f"CLIP score ({clip.name}), 100 cos", "value": 100 * cosine, "cosine": cosine,
+        "deviation": spread, "pictures": len(cosines), "left out": len(prompts) - len(cosines),
+        "network": clip.protocol} | surroundings(config))
 
 
 def prompts_of(config: Config, files: list[Path]) -> dict[Path, str]:
@@ -927,22 +934,22 @@ def _ids(nets: Networks) -> Tensor:
 
 def run_table1(config: Config) -> None:
     """`table1`: the paper's Table 1 beside what the modules themselves have and compute."""
-    if config.size not in ("", "mini"):
-        raise BadInput(f"--size {config.size}: table1 takes mini, or nothing for SD 1.5")
+    refuse((config.size not in ("", "mini"),
+            f"--size {config.size}: table1 takes mini, or nothing for SD 1.5"))
     nets = build_networks(config.size)
     once = passes(nets)
     result = {
         "of": "the miniature, 64 x 64" if config.size else "Stable Diffusion 1.5, 512 x 512",
         "rows": table1_rows(nets, once, with_paper=not config.size),
         "notes": table1_notes(nets, once),
-        "GMACs a picture": {method: {str(steps): macs / 1e9 for steps, macs in cost.items()}
-                            for method, cost in ((m, picture_cost(nets, m))
-                                                 for m in ("cfg", "full", "tiny"))},
+        "GMACs a picture": {method: {str(steps): macs / 1e9 for steps, macs in
+                                     picture_cost(nets, method).items()}
+                            for method in ("cfg", "full", "tiny")},
         "GMACs once a picture": {name: once[name].all / 1e9 for name in
                                  ("VAE decoder", "text encoder", "hint encoder")},
     }
     print(table1_markdown(result))
-    finish(config, result)
+    finish(result_file(config), result | surroundings(config))
 
 
 def table1_rows(nets: Networks, once: dict[str, Arithmetic], with_paper: bool) -> list[dict]:
@@ -984,31 +991,29 @@ def table1_notes(nets: Networks, once: dict[str, Arithmetic]) -> dict[str, str]:
 
 def table1_markdown(result: dict) -> str:
     """Table 1 and the cost of pictures, in Markdown."""
-    lines = [f"Table 1: {result['of']}. GMACs of convolutions and linear layers, one pass; the "
-             "paper calls them FLOPs (trillion).", "",
-             "| | parameters | paper, M | off | GMACs | paper | off | with attention |",
-             "|---" + "|---:" * 7 + "|"]
-    for row in result["rows"]:
-        paper, off = row.get("paper"), row.get("off by %")
-        cells = [f"{row['parameters']:,}", f"{paper['parameters'] / 1e6:g}" if paper else "",
-                 f"{off['parameters']:+.2f} %" if off else "", _giga(row["GMACs"] * 1e9),
-                 f"{paper['GMACs']:g}" if paper else "", f"{off['GMACs']:+.2f} %" if off else "",
-                 _giga(row["GMACs with attention"] * 1e9)]
-        lines.append(f"| {row['network']} | {' | '.join(cells)} |")
-    lines += ["", *(f"- *{name}*: {note}" for name, note in result["notes"].items()), "",
-              "GMACs a picture, with attention, text encoder and VAE decoder; in brackets beside "
-              "CFG of as many steps.", "",
-              f"| | {' | '.join(f'{steps} steps' for steps in STEPS)} |",
-              "|---" + "|---:" * len(STEPS) + "|"]
-    pictures = result["GMACs a picture"]
-    for method, cost in pictures.items():
-        cells = [f"{_giga(cost[k] * 1e9)} ({cost[k] / pictures['cfg'][k]:.0%})" for k in cost]
-        title = {"cfg": "CFG"}.get(method, f"{method} guide")
-        lines.append(f"| {title} | {' | '.join(cells)} |")
+    pictures, titles = result["GMACs a picture"], {"cfg": "CFG"}
+    costs = [[titles.get(method, f"{method} guide"),
+              *(f"{_giga(g * 1e9)} ({g / pictures['cfg'][k]:.0%})" for k, g in cost.items())]
+             for method, cost in pictures.items()]
     said = ", ".join(f"{name} {_giga(g * 1e9)}" for name, g in
                      result["GMACs once a picture"].items())
-    return "\n".join([*lines, "", f"Once a picture: {said} (CFG encodes two texts; only the full "
-                      "guide has a hint)."])
+    return "\n".join([
+        f"Table 1: {result['of']}. GMACs of convolutions and linear layers, one pass; the paper "
+        "calls them FLOPs (trillion).", "",
+        *table(["", "parameters", "paper, M", "off", "GMACs", "paper", "off", "with attention"],
+               map(_table1_row, result["rows"]), "---:"),
+        "", *(f"- *{name}*: {note}" for name, note in result["notes"].items()), "",
+        "GMACs a picture, with attention, text encoder and VAE decoder; in brackets beside CFG of "
+        "as many steps.", "", *table(["", *(f"{n} steps" for n in STEPS)], costs, "---:"), "",
+        f"Once a picture: {said} (CFG encodes two texts; only the full guide has a hint)."])
+
+
+def _table1_row(row: dict) -> list[str]:
+    paper, off = row.get("paper"), row.get("off by %")
+    beside = ([f"{paper['parameters'] / 1e6:g}", f"{off['parameters']:+.2f} %",
+               f"{paper['GMACs']:g}", f"{off['GMACs']:+.2f} %"] if paper else [""] * 4)
+    return [row["network"], f"{row['parameters']:,}", *beside[:2], _giga(row["GMACs"] * 1e9),
+            *beside[2:], _giga(row["GMACs with attention"] * 1e9)]
 
 
 def _giga(macs: float) -> str:
@@ -1019,8 +1024,6 @@ def _giga(macs: float) -> str:
 # ------------------------------------------------------------------------------- ways of sampling
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-PLAIN = (("none", 50, "ddim"), ("cfg", 50, "ddim"), ("cfg", 16, "ddim"), ("cfg", 8, "ddim"),
-         ("cfg", 50, "plms"))
 GUIDES = ("full", "full-16", "full-8", "tiny", "tiny-16", "tiny-8", "tiny-8-g8")
 PICTURES = Path("runs/eval")
 JUDGED = "judge on real pictures, %"
@@ -1040,7 +1043,7 @@ class Row(NamedTuple):
     guide: nn.Module | None = None
     file: Path | None = None            # the guide's, and its SHA-256
     guide_hash: str = ""
-    only_g: float | None = None         # the one g that it is made for
+    only_g: float | None = None         # the one g that it is made for; no guidance is g = 0
     plain: bool = True                  # of stage one, for any g, against the empty prompt
 
     @property
@@ -1058,14 +1061,21 @@ class Row(NamedTuple):
         return f"{os.path.relpath(self.file)}, SHA-256 {self.guide_hash}" if self.file else None
 
 
+PLAIN = (Row("none-50", "no guidance, 50 steps", "none", 50, only_g=0.0),
+         Row("cfg-50", "CFG, DDIM, 50 steps", "cfg", 50),
+         Row("cfg-16", "CFG, DDIM, 16 steps", "cfg", 16),
+         Row("cfg-8", "CFG, DDIM, 8 steps", "cfg", 8),
+         Row("cfg-plms-50", "CFG, PLMS, 50 steps", "cfg", 50, "plms"))
+
+
 def methods(config: Config, base: Base, guides: tuple[str, ...] = ()) -> list[Row]:
     """Rows for a base: without guidance, CFG, and those of `guides`, else all, that are there."""
-    rows = [plain_row(*way) for way in PLAIN]
+    rows = [*PLAIN]
     for name in dict.fromkeys((*(guides or GUIDES), *config.guides)):
         try:
             row = guide_row(config, base, name)
-            if row.name in {other.name for other in rows}:
-                raise BadInput(f"{row.file} has the name of another guide: rename the file")
+            refuse((row.name in {other.name for other in rows},
+                    f"{row.file} has the name of another guide: rename the file"))
             rows.append(row)
         except (BadInput, CheckpointError) as error:
             if name in config.guides:
@@ -1073,13 +1083,6 @@ def methods(config: Config, base: Base, guides: tuple[str, ...] = ()) -> list[Ro
             if rank() == 0:
                 print(f"a row is left out: {error}")
     return rows
-
-
-def plain_row(kind: str, steps: int, sampler: str) -> Row:
-    if kind == "none":
-        return Row(f"none-{steps}", f"no guidance, {steps} steps", kind, steps, only_g=0.0)
-    name = f"{kind}-{steps}" if sampler == "ddim" else f"{kind}-{sampler}-{steps}"
-    return Row(name, f"CFG, {sampler.upper()}, {steps} steps", kind, steps, sampler)
 
 
 def guide_row(config: Config, base: Base, name: str) -> Row:
@@ -1144,8 +1147,8 @@ def together(config: Config) -> Iterator[Config]:
         yield config
         return
     cuda, local = config.device.startswith("cuda"), int(os.environ.get("LOCAL_RANK", -1))
-    if local < 0 or (cuda and local >= torch.cuda.device_count()):
-        raise BadInput("start several processes with torchrun, and at most one a GPU")
+    refuse((local < 0 or (cuda and local >= torch.cuda.device_count()),
+            "start several processes with torchrun, and at most one a GPU"))
     if cuda:
         config = replace(config, device=f"cuda:{local}")
         torch.cuda.set_device(config.device)
@@ -1182,12 +1185,12 @@ class Bench:
         self.own_captions = is_mini(base) and not config.prompts
         self.judged = self.own_captions and self.size == postcards.SIZE
         self.style = base.name if base.name in postcards.STYLES else postcards.STYLES[0]
-        if not is_mini(base) and not config.prompts:
-            raise BadInput(f"--prompts is needed with {base.name}: a text file of prompts, or "
-                           "COCO's captions_val2014.json")
-        if not is_mini(base) and not config.real and config.command != "match":
-            raise BadInput(f"--real is needed with {base.name}: a folder of real pictures, or "
-                           "their statistics as .npz")
+        refuse((not is_mini(base) and not config.prompts,
+                f"--prompts is needed with {base.name}: a text file of prompts, or COCO's "
+                "captions_val2014.json"),
+               (not is_mini(base) and not config.real and config.command != "match",
+                f"--real is needed with {base.name}: a folder of real pictures, or their "
+                "statistics as .npz"))
 
     def first(self, s: int) -> int:
         """The noise seed of seed s's first picture; no two seeds have one in common."""
@@ -1266,31 +1269,29 @@ class Bench:
     @cached_property
     def references(self) -> Statistics:
         """Statistics of the real pictures: those of --real, else postcards in the base's style."""
-        if self.config.real.lower().endswith(".npz"):
-            real = Statistics.load(Path(self.config.real).expanduser())
-            name, features = self.extractor
-            width = features(torch.zeros(1, 3, 64, 64, dtype=torch.uint8,
-                                         device=self.config.device)).shape[1]
-            if real.of not in ("", identity(name, features)) or real.mean.size != width:
-                raise BadInput(f"--real {self.config.real} holds features of another network "
-                               f"({real.of or f'{real.mean.size} a picture'}) than {name}")
+        config, (name, features) = self.config, self.extractor
+        if config.real.lower().endswith(".npz"):
+            real = Statistics.load(Path(config.real).expanduser())
+            blank = torch.zeros(1, 3, 64, 64, dtype=torch.uint8, device=config.device)
+            refuse((real.of not in ("", identity(name, features)) or
+                    real.mean.size != features(blank).shape[1],
+                    f"--real {config.real} holds features of another network "
+                    f"({real.of or f'{real.mean.size} a picture'}) than {name}"))
             return real
-        real, features = Statistics(of=self.extractor[0]), self.extractor[1]
-        if self.config.real:
-            found = pictures_in(self.config.real, self.config.batch, self.config.skip_bad)
-            parts = (batch for _, batch in found)
-        else:
-            parts = (batch for batch, _ in self.drawn(self.config.references))
-        for batch in parts:
-            real.add(features(batch.to(self.config.device)))
+        real = Statistics(of=name)
+        found = (pictures_in(config.real, config.batch, config.skip_bad) if config.real else
+                 (reversed(part) for part in self.drawn))
+        for _, pictures in found:
+            real.add(features(pictures.to(config.device)))
         return real
 
-    def drawn(self, count: int) -> Iterator[tuple[Tensor, Tensor]]:
+    @cached_property
+    def drawn(self) -> list[tuple[Tensor, Tensor]]:
         """Batches of real postcards, (B, 3, 64, 64) uint8, and their attributes (B, 6)."""
         generator = torch.Generator().manual_seed(REAL_SEED)
-        attributes = postcards.sample_attributes(count, generator)
-        for part in attributes.split(200):
-            yield (postcards.draw(part, self.style, generator) * 255).round().byte(), part
+        attributes = postcards.sample_attributes(self.config.references, generator)
+        return [((postcards.draw(part, self.style, generator) * 255).round().byte(), part)
+                for part in attributes.split(200)]
 
     def right(self, pictures: Tensor, attributes: Tensor) -> Tensor:
         """(B, 6) whether each attribute of pictures (B, 3, 64, 64) uint8 is as asked."""
@@ -1307,8 +1308,7 @@ class Bench:
             said["warning"] = (f"FID of {self.config.count} pictures is biased upwards: compare it "
                                "only with FIDs of as many")
         if self.judged:
-            drawn = self.drawn(self.config.references)
-            hits = [self.right(*part).all(1).float() for part in drawn]
+            hits = [self.right(*part).all(1).float() for part in self.drawn]
             said[JUDGED] = round(100 * torch.cat(hits).mean().item(), 2)
         return said
 
@@ -1342,20 +1342,14 @@ def picture_size(config: Config, base: Base) -> int:
     """Side of the pictures: what was asked for, else 512, or the miniature's 64."""
     unit = 8 * 2 ** (len(base.unet.config.channel_mult) - 1)
     size = config.size or ("64" if is_mini(base) else "512")
-    if not size.isdecimal() or int(size) % unit or not unit <= int(size) <= 4096:
-        raise BadInput(f"--size {size}: a multiple of {unit} with {base.name}, at most 4096")
+    refuse((not size.isdecimal() or int(size) % unit or not unit <= int(size) <= 4096,
+            f"--size {size}: a multiple of {unit} with {base.name}, at most 4096"))
     return int(size)
 
 
 def to_image(picture: Tensor) -> Image.Image:
     """A picture (3, H, W) uint8 as Pillow's."""
     return Image.fromarray(picture.permute(1, 2, 0).contiguous().numpy())
-
-
-def save_png(path: Path, image: Image.Image) -> None:
-    """A PNG, written aside and renamed."""
-    with written(path) as temporary:
-        image.save(temporary, "PNG")
 
 
 def summary(seeds: dict[str, dict]) -> dict:
@@ -1393,6 +1387,13 @@ def table3(config: Config) -> None:
         tabulate(fill(config), plugged(config, first), bases, len(paths))
 
 
+def need(rows: list[Row], base: Base, what: str = "guide") -> list[Row]:
+    """The rows. Raises BadInput where none of them has a guide."""
+    refuse((not any(row.guide for row in rows),
+            f"there is no {what} for {base.name}: train one with train.py"))
+    return rows
+
+
 def plugged(config: Config, base: Base) -> list[Row]:
     """No guidance, CFG and the plain base's stage-one guides, for a fine-tune of that base."""
     plain = ppdd.find_weights(config.weights) if config.bases or config.weights else ppdd.MINI
@@ -1406,10 +1407,8 @@ def styles(config: Config) -> list[Path]:
     if config.bases:
         return [Path(path).expanduser() for path in config.bases]
     paths = [ppdd.MINI.parent / "styles" / f"{s}.safetensors" for s in postcards.STYLES[1:]]
-    missing = [str(path) for path in paths if not path.exists()]
-    if missing:
-        raise BadInput(f"there is no {missing[0]}: make the miniature's styles with "
-                       "`python mini/train.py --styles-only`, or pass --bases FILE ...")
+    refuse(*((not path.exists(), f"there is no {path}: make the miniature's styles with "
+              "`python mini/train.py --styles-only`, or pass --bases FILE ...") for path in paths))
     return paths
 
 
@@ -1435,24 +1434,12 @@ def fill(config: Config) -> Config:
         count=count or (8 if quick else 64 if config.command == "match" else 300),
         references=config.references or (200 if quick else 2000),
         repeats=config.repeats or (1 if quick else 3))
-    for wrong, sentence in (
-        (not all(abs(g) <= 1000 for g in config.g), "--g: numbers; 0 is no guidance, 8 is much"),
-        (not 1 <= config.count <= SEED_STEP, f"--count {config.count}: at most {SEED_STEP}"),
-        (config.command == "match" and 0 in config.g, "--g 0 is no guidance: nothing to match"),
-        (min(config.seeds, config.references, config.repeats) < 1,
-         "--seeds, --references and --repeats are at least 1"),
-    ):
-        if wrong:
-            raise BadInput(sentence)
+    refuse((not all(abs(g) <= 1000 for g in config.g), "--g: numbers; 0 is no guidance, 8 is much"),
+           (not 1 <= config.count <= SEED_STEP, f"--count {config.count}: at most {SEED_STEP}"),
+           (config.command == "match" and 0 in config.g, "--g 0 is no guidance: nothing to match"),
+           (min(config.seeds, config.references, config.repeats) < 1,
+            "--seeds, --references and --repeats are at least 1"))
     return config
-
-
-def result_file(config: Config) -> Path:
-    """Where the JSON goes; --quick never overwrites a real result."""
-    if not config.quick:
-        return Path(config.out or f"results/{config.command}.json").expanduser()
-    path = Path(config.out or PICTURES / f"{config.command}.json").expanduser()
-    return path.with_stem(f"{path.stem.removesuffix('-quick')}-quick")
 
 
 def read_result(file: Path) -> dict:
@@ -1481,9 +1468,9 @@ def tabulate(config: Config, rows: list[Row], bases: Iterable[Base], total: int)
               disable=rank() > 0) as bar:
         for base in bases:
             names, shapes = [*names, base.name], shapes | {base.unet.config}
-            if len(shapes) > 1 or base.name in names[:-1]:
-                raise BadInput(f"{base.path} has another size, or the same name, as a base before "
-                               "it: give fine-tunes of one base, each with its own name")
+            refuse((len(shapes) > 1 or base.name in names[:-1],
+                    f"{base.path} has another size, or the same name, as a base before it: give "
+                    "fine-tunes of one base, each with its own name"))
             bench = Bench(config, base)
             if rank() == 0:
                 begin(bench, cells, file)
@@ -1495,16 +1482,15 @@ def tabulate(config: Config, rows: list[Row], bases: Iterable[Base], total: int)
     if rank() == 0:
         result = read_result(file)
         result["bases"] = {name: result["bases"][name] for name in names}
-        publish(file, result, table_markdown(config.command, result))
+        finish(file, result, table_markdown(config.command, result))
 
 
 def begin(bench: Bench, cells: list[Cell], file: Path) -> None:
     """Enters the base into the result file, with those of its cells that are done already."""
     result, measured, now = read_result(file), bench.measured_by(), protocol(bench)
     other = [k for k in ASKED if result["protocol"] and result["protocol"].get(k) != now[k]]
-    if other:
-        raise BadInput(f"{file} holds a result of another setting ({', '.join(other)}): pass --out "
-                       "for a file of its own, or move that one away")
+    refuse((other, f"{file} holds a result of another setting ({', '.join(other)}): pass --out for "
+                   "a file of its own, or move that one away"))
     before = result["bases"].get(bench.base.name, {})
     kept = before["rows"] if before.get("measured by") == measured else {}
     rows = {cell.row.name: about_row(cell.row) for cell in cells}
@@ -1584,14 +1570,6 @@ def protocol(bench: Bench) -> dict:
         "dtype": str(dtype_of(config)), "processes": world(), **surroundings(config)}
 
 
-def publish(file: Path, result: dict, markdown: str) -> None:
-    """Writes a result as JSON and, beside it, as Markdown, and prints the latter."""
-    write_json(file, result)
-    with written(file.with_suffix(".md")) as temporary:
-        temporary.write_text(markdown, encoding="utf-8")
-    print(markdown)
-
-
 def table_markdown(command: str, result: dict) -> str:
     """A result of Table 2 or 3 as a page: the table, then its protocol."""
     rows = [(name, row) for name, base in result["bases"].items() for row in base["rows"].values()]
@@ -1599,19 +1577,19 @@ def table_markdown(command: str, result: dict) -> str:
     measured = next(iter(result["bases"].values()))["measured by"]
     scores = [measured["distance"], "CLIP score"]
     scores += ["accuracy in %"] * (JUDGED in measured)
+    cells = [[name, row["title"], passes_of(row["UNet passes"], row["guide passes"]),
+              plus_minus(row["milliseconds"]["median"], row["milliseconds"]["spread"]),
+              *(cell_markdown(row["cells"].get(g)) for g in gs)] for name, row in rows]
     lines = [f"# {TITLES[command]}", "", f"Cells: {' / '.join(scores)}; mean ± spread.", "",
-             f"| base | method | passes | ms | {' | '.join(f'g = {g}' for g in gs)} |",
-             "|---" * (4 + len(gs)) + "|"]
-    for name, row in rows:
-        ms, guide = row["milliseconds"], f" + {row['guide passes']} guide"
-        told = [name, row["title"], f"{row['UNet passes']}{guide * bool(row['guide passes'])}",
-                plus_minus(ms["median"], ms["spread"]),
-                *(cell_markdown(row["cells"].get(g)) for g in gs)]
-        lines.append(f"| {' | '.join(told)} |")
-    lines += ["", "Protocol:", "", *protocol_lines(result["protocol"])]
+             *table(["base", "method", "passes", "ms", *(f"g = {g}" for g in gs)], cells),
+             "", "Protocol:", "", *protocol_lines(result["protocol"])]
     for item in result["bases"].items():
         lines += base_lines(*item)
     return "\n".join(lines) + "\n"
+
+
+def passes_of(unet: int | str, guide: int) -> str:
+    return f"{unet}" + f" + {guide} guide" * bool(guide)
 
 
 def cell_markdown(cell: dict | None) -> str:
@@ -1627,14 +1605,18 @@ def plus_minus(middle: float, spread: float | None, digits: int = 2) -> str:
 
 def protocol_lines(protocol: dict) -> list[str]:
     """A protocol as a list in Markdown; of the packages' versions torch's alone."""
-    told = protocol | {"torch": protocol["versions"]["torch"]}
+    return listed(protocol | {"torch": protocol["versions"]["torch"]})
+
+
+def listed(told: dict) -> list[str]:
+    """What is no dictionary itself, as a list in Markdown."""
     return [f"- {name}: {value}" for name, value in told.items() if not isinstance(value, dict)]
 
 
 def base_lines(name: str, base: dict) -> list[str]:
     """A base's hash, what it was measured by, and its guides, as a list in Markdown."""
     told = {"SHA-256": base["base hash"]} | base["measured by"]
-    lines = [f"- {what}: {value}" for what, value in told.items() if not isinstance(value, dict)]
+    lines = listed(told)
     lines += [f"- {what}: {', '.join(f'{k} {v}' for k, v in told[what].items())}"
               for what in ("features", "CLIP")]
     lines += [f"- {row}: {told['guide']}" for row, told in base["rows"].items() if told["guide"]]
@@ -1654,45 +1636,68 @@ def match(config: Config) -> None:
     """
     base = load(config, ppdd.find_weights(config.weights))
     config = fill(config)
-    guides = [row for row in methods(config, base) if row.guide and row.plain]
-    if not guides:
-        raise BadInput(f"there is no stage-one guide for {base.name}: train one with train.py")
-    bench = Bench(config, base)
-    sources = SOURCES if bench.own_captions else SOURCES[1:]
-    sums = torch.zeros(len(guides), len(sources), len(config.g), BINS, 2, dtype=torch.float64)
-    with tqdm(total=len(sources) * len(config.g) * config.count, unit="picture",
-              desc="match") as bar:
+    guides = need([row for row in methods(config, base) if row.guide and row.plain], base,
+                  "stage-one guide")
+    bench, steps = Bench(config, base), 10 if config.quick else STAGE_ONE
+    sums = torch.zeros(len(guides), len(SOURCES), len(config.g), BINS, 2, dtype=torch.float64)
+    with tqdm(total=config.count, unit="picture", desc="match") as bar:
         for k in range(0, config.count, config.batch):
-            for i, g in enumerate(config.g):
-                for j, source in enumerate(sources):
-                    sums[:, j, i] += unexplained(bench, guides, source, k, g)
-                    bar.update(min(config.batch, config.count - k))
-    result = {"protocol": match_protocol(bench), "guides": {
+            rows = slice(k, min(k + config.batch, config.count))
+            sums += unexplained(bench, guides, rows, ppdd.step_grid(steps))
+            bar.update(rows.stop - k)
+    told = {"base": base.name, "base hash": bench.hash, "pictures": config.count,
+            "prompts": config.prompts or "fresh captions of postcards, as in Table 2",
+            "dtype": str(dtype_of(config)), "t": f"those of a run of {steps} steps",
+            "noise": f"seeds from {bench.first(config.seed)}", **surroundings(config)}
+    result = {"protocol": told, "guides": {
         row.name: {"guide": row.source} | {
-            source: match_shares(config, sums[r, j]) for j, source in enumerate(sources)}
-        for r, row in enumerate(guides)}}
-    publish(result_file(config), result, match_markdown(result))
+            source: match_shares(config, sums[r, j]) for j, source in enumerate(SOURCES)
+            if bench.own_captions or j} for r, row in enumerate(guides)}}
+    finish(result_file(config), result, match_markdown(result))
 
 
 @torch.no_grad()
-def unexplained(bench: Bench, guides: list[Row], source: str, k: int, g: float) -> Tensor:
-    """Sums of ‖e − e_teacher‖² and ‖ε_c − e_teacher‖², (guides, BINS, 2), of a batch from k on."""
-    config, base = bench.config, bench.base
-    prompts, attributes = bench.prompts(config.seed)
-    rows = slice(k, k + config.batch)
+def unexplained(bench: Bench, guides: list[Row], rows: slice, grid: list[int]) -> Tensor:
+    """‖e − e_teacher‖² and ‖ε_c − e_teacher‖² of some pictures, (guides, SOURCES, G, BINS, 2)."""
+    base, gs, seed = bench.base, bench.config.g, bench.first(bench.config.seed) + rows.start
+    prompts, attributes = bench.prompts(bench.config.seed)
     c = base.embed(prompts[rows])                                                  # (B, L, D)
-    empty, seed = base.embed([""]).expand_as(c), bench.first(config.seed) + k
-    grid = ppdd.step_grid(10 if config.quick else STAGE_ONE)
-    states = (noised(bench, attributes[rows], grid, seed) if source == SOURCES[0] else
-              visited(bench, c, empty, g, grid, seed))
-    sums, guidance = torch.zeros(len(guides), BINS, 2), c.new_full((len(c),), g, dtype=torch.float)
-    for t, z in zip(grid, states):
-        times = torch.full((len(c),), t, device=c.device)
-        for r, row in enumerate(guides):
-            told = ppdd.cfg_distillation(base.unet, row.guide, z.to(c), times, c, empty, guidance)
-            sums[r, t * BINS // ppdd.TIMESTEPS] += torch.stack(
-                [told.error.sum(), told.correction.sum()]).cpu()
+    empty, b = base.embed([""]).expand_as(c), len(c)
+    shape = (base.unet.config.in_channels, bench.size // 8, bench.size // 8)
+    walks = [ppdd.noise(range(seed, seed + b), shape).to(c.device)] * len(gs)      # (B, Z, H, W)
+    real = noised(bench, attributes[rows], grid, seed) if bench.own_captions else None
+    sums = torch.zeros(len(guides), len(SOURCES), len(gs), BINS, 2, dtype=torch.float64)
+    for i, (t, s) in enumerate(pairwise(grid)):
+        times, place = torch.full((b,), t, device=c.device), t * BINS // ppdd.TIMESTEPS
+        if real:
+            sums[:, 0, :, place] += beside_teacher(base, guides, gs, real[i], times, c, empty)[0]
+        for k, g in enumerate(gs):
+            told, e = beside_teacher(base, guides, (g,), walks[k], times, c, empty)
+            sums[:, 1, k, place] += told[:, 0]
+            walks[k] = ppdd.ddim_step(walks[k], e, t, s)
     return sums
+
+
+def beside_teacher(base: Base, guides: list[Row], gs: tuple[float, ...], z: Tensor, t: Tensor,
+                   c: Tensor, empty: Tensor) -> tuple[Tensor, Tensor]:
+    """The sums (guides, G, 2) of one batch at one t, and Eq. 3 at the last g, (B, Z, H, W).
+
+    The base runs once with the prompt and once without, for all guides and g.
+    """
+    unet, z = base.unet, z.to(c)
+    emb, sums = unet.embed_time(t), torch.zeros(len(guides), len(gs), 2)
+    skips, h = unet.encode(z, emb, c)
+    eps_c = unet.decode(skips, h, emb, c).float()
+    eps_empty = unet.decode(*unet.encode(z, emb, empty), emb, empty).float()
+    for i, g in enumerate(gs):
+        e_teacher = ppdd.cfg(eps_c, eps_empty, g)
+        guidance = torch.full((len(z),), g, device=z.device)
+        for r, row in enumerate(guides):
+            y = row.guide(guidance, emb, c, *((z, t) if row.guide.reads_latent else ()))
+            e = unet.decode(skips, h, emb, c, y).float()
+            off = torch.stack([e - e_teacher, eps_c - e_teacher])
+            sums[r, i] = off.square().mean((2, 3, 4)).sum(1).cpu()
+    return sums, e_teacher
 
 
 def noised(bench: Bench, attributes: Tensor, grid: list[int], seed: int) -> list[Tensor]:
@@ -1708,21 +1713,6 @@ def noised(bench: Bench, attributes: Tensor, grid: list[int], seed: int) -> list
             for t, eps in zip(grid[:-1], noise)]
 
 
-def visited(bench: Bench, c: Tensor, empty: Tensor, g: float, grid: list[int],
-            seed: int) -> list[Tensor]:
-    """The z_t (B, Z, H, W) that CFG meets at every t of the grid, from noise on."""
-    unet, dtype, states = bench.base.unet, c.dtype, []
-    shape = (unet.config.in_channels, bench.size // 8, bench.size // 8)
-
-    def predict(z: Tensor, i: int) -> Tensor:
-        states.append(z)
-        t, z = torch.full((len(z),), grid[i], device=z.device), z.to(dtype)
-        return ppdd.cfg(unet(z, t, c).float(), unet(z, t, empty).float(), g)
-
-    ppdd.ddim(predict, ppdd.noise(range(seed, seed + len(c)), shape).to(c.device), grid)
-    return states
-
-
 def match_shares(config: Config, sums: Tensor) -> dict:
     """The shares in percent, of sums (G, BINS, 2): of all, by g and by t."""
     def share(part: Tensor) -> float:
@@ -1734,29 +1724,16 @@ def match_shares(config: Config, sums: Tensor) -> dict:
             "by t": {f"{b * width}–{(b + 1) * width - 1}": share(sums[:, b]) for b in range(BINS)}}
 
 
-def match_protocol(bench: Bench) -> dict:
-    """How the teacher match was measured."""
-    steps = 10 if bench.config.quick else STAGE_ONE
-    return {"base": bench.base.name, "base hash": bench.hash, "pictures": bench.config.count,
-            "prompts": bench.config.prompts or "fresh captions of postcards, as in Table 2",
-            "dtype": str(dtype_of(bench.config)), "t": f"those of a run of {steps} steps",
-            "noise": f"seeds from {bench.first(bench.config.seed)}",
-            **surroundings(bench.config)}
-
-
 def match_markdown(result: dict) -> str:
     """A table by g, one by t, and the protocol."""
     lines = [f"# {TITLES['match']}", "", "100 is no guide at all, 0 a perfect one."]
+    shares = [(name, source, told[source]) for name, told in result["guides"].items()
+              for source in SOURCES if source in told]
     for by in ("by g", "by t"):
-        shares = {(name, source): told[source] for name, told in result["guides"].items()
-                  for source in SOURCES if source in told}
-        heads = list(next(iter(shares.values()))[by])
-        unit = "g = " if by == "by g" else "t = "
-        lines += ["", f"| guide | on | all | {' | '.join(unit + head for head in heads)} |",
-                  "|---" * (3 + len(heads)) + "|"]
-        lines += [f"| {name} | {source} | {told['all']} | "
-                  f"{' | '.join(str(told[by][head]) for head in heads)} |"
-                  for (name, source), told in shares.items()]
+        heads = [f"{by[-1]} = {head}" for head in shares[0][2][by]]
+        lines += ["", *table(["guide", "on", "all", *heads],
+                             ([name, source, told["all"], *told[by].values()]
+                              for name, source, told in shares))]
     told = protocol_lines(result["protocol"])
     told += [f"- {name}: {guide['guide']}" for name, guide in result["guides"].items()]
     return "\n".join([*lines, "", *told]) + "\n"
@@ -1840,15 +1817,7 @@ def heading(row: Row) -> str:
     """A row's title over two lines, and its passes."""
     unet, guide = row.passes
     name, _, rest = row.title.partition(", ")
-    return f"{name}\n{rest}\n{unet} UNet" + f" + {guide} guide" * bool(guide) + " passes"
-
-
-def guided(rows: list[Row], base: Base) -> list[Row]:
-    """The rows with a guide; raises BadInput where there is none."""
-    found = [row for row in rows if row.guide]
-    if not found:
-        raise BadInput(f"there is no guide for {base.name}: train one with train.py")
-    return found
+    return f"{name}\n{rest}\n{passes_of(f'{unet} UNet', guide)} passes"
 
 
 def show(config: Config, sheet: Image.Image) -> None:
@@ -1859,7 +1828,7 @@ def show(config: Config, sheet: Image.Image) -> None:
 
 def fig5(config: Config) -> None:
     """Fig. 5: the guides at 50, 16 and 8 steps, and the tiny one that was trained at one g."""
-    beside(config, lambda config, base: guided(methods(config, base), base),
+    beside(config, lambda config, base: [row for row in methods(config, base) if row.guide],
            "Fewer steps come from halving: one step learns what two did.")
 
 
@@ -1873,9 +1842,7 @@ def fig6(config: Config) -> None:
 def beside(config: Config, choose: Callable[[Config, Base], list[Row]], terms: str) -> None:
     """A sheet with a column a way of sampling and a row a prompt."""
     config, base, prompts, size = stage(config)
-    rows = choose(config, base)
-    guided(rows, base)
-    rows = [row for row in rows if columns(row, config.g[-1:])]
+    rows = [row for row in need(choose(config, base), base) if columns(row, config.g[-1:])]
     pictures = [column(config, base, row, prompts, size) for row in rows]
     terms = (f"g = {config.g[-1]:g} (guidance scale {1 + config.g[-1]:g} elsewhere), DDIM, the "
              f"same noise along a row. {terms}")
@@ -1887,9 +1854,7 @@ def fig8(config: Config) -> None:
     labels, pictures = [], []
     for path in styles(config):
         told, base, prompts, size = stage(replace(config, weights=str(path)))
-        rows = [row for row in plugged(config, base) if row.kind != "none"]
-        guided(rows, base)
-        for row in rows:
+        for row in need([row for row in plugged(config, base) if row.kind != "none"], base):
             labels.append(f"{base.name}\n{heading(row)}")
             pictures.append(column(told, base, row, prompts, size))
     terms = (f"g = {told.g[-1]:g}, DDIM, the same noise down a column. The guides were trained on "
@@ -1902,7 +1867,8 @@ def fig8(config: Config) -> None:
 def fig7(config: Config) -> None:
     """Fig. 7: what the stage-one guides add to the decoder, over steps and g."""
     config, base, prompts, size = stage(config)
-    rows = [row for row in guided(methods(config, base), base) if row.steps == STAGE_ONE]
+    rows = [row for row in methods(config, base) if row.guide and row.steps == STAGE_ONE]
+    rows = need(rows, base)
     sheets = [full_sheet(config, base, row, prompts[0], size) if row.kind == "full" else
               tiny_sheet(base, row, prompts) for row in rows]
     whole = Image.new("RGB", (max(s.width for s in sheets), sum(s.height for s in sheets)), "white")
@@ -2002,12 +1968,10 @@ def quality(config: Config) -> None:
         raise BadInput("this chart needs a package that is missing: pip install matplotlib"
                        ) from None
     file = result_file(replace(config, command="table2", out=""))
-    if not file.exists():
-        raise BadInput(f"there is no {file}: make it with `python eval.py table2`")
+    refuse((not file.exists(), f"there is no {file}: make it with `python eval.py table2`"))
     name, base = next(iter(read_result(file)["bases"].items()), ("", {"rows": {}}))
     rows = [row for row in base["rows"].values() if "milliseconds" in row]
-    if not rows:
-        raise BadInput(f"{file} is not finished: run `python eval.py table2` again")
+    refuse((not rows, f"{file} is not finished: run `python eval.py table2` again"))
     g = max((g for row in rows for g in row["cells"]), key=float)
     distance = base["measured by"]["distance"]
     scores = {distance.split()[0]: f"{distance}, lower is better"}
@@ -2024,7 +1988,7 @@ def quality(config: Config) -> None:
     figure.suptitle(f"{name}, g = {g}: quality over time. Beside each point its number of steps; "
                     "bars: standard deviation over seeds", fontsize=10)
     path = Path(config.out or "docs/quality.png").expanduser()
-    with written(path) as temporary:
+    with ppdd.written(path) as temporary:
         figure.savefig(temporary, format="png", dpi=130)
     print(path)
 
@@ -2086,7 +2050,7 @@ def settle(config: Config) -> Config:
         asked = torch.device(device)
     except RuntimeError:
         raise BadInput(f"--device {device}: cpu, cuda or cuda:1, for example") from None
-    for wrong, sentence in (
+    refuse(
         ((asked.index or 0) >= there.get(asked.type, 0),
          f"--device {device}: there is none here; leave it out, or pass cpu"),
         (not 1 <= config.batch <= 4096, f"--batch {config.batch}: from 1 to 4096"),
@@ -2097,10 +2061,7 @@ def settle(config: Config) -> Config:
         (config.count and config.command in ("fid", "clip", "table1"),
          f"--count {config.count}: {config.command} takes all there are; leave it out"),
         (int(os.environ.get("WORLD_SIZE", 1)) > 1 and config.command not in ("table2", "table3"),
-         f"{config.command} runs in one process: leave out torchrun"),
-    ):
-        if wrong:
-            raise BadInput(sentence)
+         f"{config.command} runs in one process: leave out torchrun"))
     return replace(config, device=device)
 
 
