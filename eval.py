@@ -8,6 +8,7 @@
     match                       how much of the CFG correction a guide explains, by g and by t
     fig5 fig6 fig7 fig8         the paper's figures
     quality                     Table 2 as a chart: quality over measured time
+    speed                       what steps, pictures and updates take; see speed --help
 
 Each writes its result, with its protocol, to a JSON or PNG file. The distance is FID where
 pytorch-fid's Inception weights are found; else it is the same distance between features of a CLIP
@@ -20,6 +21,7 @@ Shapes: B pictures, H and W their sides, d features of one, L tokens.
 from __future__ import annotations
 
 import argparse
+import copy
 import csv
 import hashlib
 import io
@@ -41,7 +43,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
-from functools import cached_property
+from functools import cached_property, partial
 from importlib.metadata import distributions
 from itertools import groupby, pairwise
 from pathlib import Path
@@ -59,7 +61,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 import ppdd
-from clip_text import TextConfig, TextEncoder
+from clip_text import TextConfig, TextEncoder, Tokenizer
 from mini import postcards
 from mini.judge import load_judge
 from ppdd import Base
@@ -667,10 +669,10 @@ def hardware(device: str | torch.device = "cpu") -> str:
     return f"{threads} CPU thread{'s' * (threads > 1)}, {platform.machine()}"
 
 
-def surroundings(config) -> dict:
+def surroundings(config: Config | SpeedConfig, *more: str) -> dict:
     """What every result file says of how it came about."""
     there = {d.name.lower().replace("-", "_"): d.version for d in distributions()}
-    packages = ("torch", "numpy", "scipy", "pillow", "open_clip_torch")
+    packages = ("torch", "numpy", "scipy", "pillow", "open_clip_torch", *more)
     return {"settings": asdict(config), "hardware": hardware(config.device),
             "versions": {package: there.get(package) for package in packages},
             "commit": commit()}
@@ -902,8 +904,8 @@ def tiny_on_maps(tiny: ppdd.TinyGuide, emb: Tensor, c: Tensor, positions: list[i
         theta(torch.empty(n, theta.in_features))
 
 
-def picture_cost(nets: Networks, method: str) -> dict[int, int]:
-    """MACs of one picture at 8, 16 and 50 steps, from prompt to pixels, as `ppdd.sample` computes.
+def picture_cost(nets: Networks, method: str, steps: Iterable[int] = STEPS) -> dict[int, int]:
+    """MACs of one picture at so many steps, from prompt to pixels, as `ppdd.sample` computes.
 
     method is cfg, full or tiny. What is computed once a run (the full guide's hint, the empty
     prompt, decoding) is counted once. The cost is affine in the steps: one and two tell the rest.
@@ -911,13 +913,13 @@ def picture_cost(nets: Networks, method: str) -> dict[int, int]:
     z, *_ = _inputs(nets)
     guide = {"full": nets.full, "tiny": nets.tiny}.get(method)
 
-    def paint(steps: int) -> None:
+    def paint(n: int) -> None:
         c = nets.text(_ids(nets))
         empty = nets.text(_ids(nets)) if method == "cfg" else None
-        nets.vae.decode(ppdd.sample(nets.unet, z, c, 8.0, steps, guide, empty))
+        nets.vae.decode(ppdd.sample(nets.unet, z, c, 8.0, n, guide, empty))
 
     one, two = arithmetic(lambda: paint(1)).all, arithmetic(lambda: paint(2)).all
-    return {steps: one + (steps - 1) * (two - one) for steps in STEPS}
+    return {n: one + (n - 1) * (two - one) for n in steps}
 
 
 def _inputs(nets: Networks) -> tuple[Tensor, ...]:
@@ -2010,11 +2012,410 @@ def draw_curves(axes, rows: list[dict], score: str, g: str) -> None:
             axes.annotate(row["steps"], at, (5, 5), textcoords="offset points", fontsize=8)
 
 
+# ------------------------------------------------------------------------------- speed
+
+SPEED_G = 8.0
+PEER = "diffusers: "            # before the name of what it does as well
+COMPILE = {"cuda": {"mode": "max-autotune-no-cudagraphs"}}
+AGREE = {"fp32": 1e-3, "bf16": 5e-2, "fp16": 5e-2}   # largest difference, of the largest value
+
+
+@dataclass(frozen=True)
+class SpeedConfig:
+    """Settings of `eval.py speed`. Weights are random: they do not change what anything takes."""
+
+    command: str = option("speed", "what to measure")
+    size: str = option("sd15", "of the networks: Stable Diffusion 1.5's, or the miniature's",
+                       choices=("sd15", "mini"))
+    side: tuple[int, ...] = option((), "of the latents, an eighth of the pictures'; default: 64; "
+                                       "on a CPU 32 64, with --quick 16; mini: 8", type=int)
+    batch: tuple[int, ...] = option((), "pictures at a time; default: 1 4 16; on a CPU 1", type=int)
+    steps: tuple[int, ...] = option((), "of whole pictures; default: 8 16 50; on a CPU 8, with "
+                                        "--quick 2", type=int)
+    rounds: int = option(0, "that everything is measured; 0: 20; on a CPU 3, with --quick 1")
+    device: str = option("", "cuda or cpu; default: cuda where there is one")
+    dtype: str = option("auto", "of all networks; auto: bf16 on CUDA, else fp32",
+                        choices=("auto", *DTYPES))
+    compile: bool = option(False, "torch.compile, for us and the peer alike")
+    peer: bool = option(False, "diffusers beside it, with the same weights")
+    quick: bool = option(False, "small and once, in a result file of its own")
+    out: str = option("", "the file; default: results/speed-SIZE-DEVICE.json")
+
+
+def settle_speed(config: SpeedConfig) -> SpeedConfig:
+    """The configuration with what suits the machine in place of what was not given."""
+    device = find_device(config.device)
+    cpu, mini, quick = device == "cpu", config.size == "mini", config.quick
+    config = replace(
+        config, device=device, side=config.side or ((8,) if mini else (64,) if not cpu else
+                                                    (16,) if quick else (32, 64)),
+        batch=config.batch or ((1,) if cpu else (1, 4, 16)),
+        steps=config.steps or ((2,) if cpu and quick else (8,) if cpu else STEPS),
+        rounds=config.rounds or (1 if quick else 3 if cpu else 20))
+    refuse((any(side % 8 or not 8 <= side <= 512 for side in config.side),
+            "--side: multiples of 8, from 8 to 512"),
+           (not all(1 <= b <= 4096 for b in config.batch), "--batch: from 1 to 4096"),
+           (not all(1 <= n <= ppdd.TIMESTEPS for n in config.steps), "--steps: from 1 to 1000"),
+           (config.rounds < 1, f"--rounds {config.rounds}: at least 1"))
+    return config
+
+
+def speed(config: SpeedConfig) -> None:
+    """`speed`: what a step, a picture and an update take, beside CFG, a peer and the limit."""
+    base, guides = random_base(config)
+    pipe = build_peer(base) if config.peer else None
+    checked = check_peer(config, base, pipe) if pipe else {}
+    limit, rows, left_out = machine_rates(config), [], []
+    if config.compile:
+        compile_networks(base, guides, pipe)
+    for side in config.side:
+        nets = build_networks(config.size)._replace(side=side)
+        macs = speed_macs(nets, config.steps)
+        for batch in config.batch:
+            task = Task(config, base, guides, pipe, side, batch)
+            races = [task.parts]
+            if config.device != "cpu" or config.size == "mini" or side == config.side[0]:
+                races += [task.pictures, *(partial(task.updates, name) for name in guides)]
+            else:
+                left_out.append(f"whole pictures and updates at {side} × {side}: minutes each on a "
+                                "CPU; they are measured at the side that --side names first")
+            for calls in races:
+                rows += [speed_row(name, side, batch, told, macs, limit)
+                         for name, told in race(calls(), config).items()]
+    result = {"size": config.size, "protocol": speed_protocol(config), "limit": limit,
+              "checked": checked, "rows": rows, "ratios": speed_ratios(rows), "left out": left_out}
+    name = f"speed-{config.size}-{torch.device(config.device).type}{'-quick' * config.quick}.json"
+    finish(Path(config.out or f"results/{name}").expanduser(), result, speed_markdown(result))
+
+
+def random_base(config: SpeedConfig) -> tuple[Base, dict[str, nn.Module]]:
+    """Networks and guides of random weights, no layer of them zero: the same at every call."""
+    *nets, _ = build_networks(config.size)
+    generator = torch.Generator(config.device).manual_seed(0)
+    for k, module in enumerate(nets):
+        nets[k] = module.to(dtype_of(config)).to_empty(device=config.device)
+        for name, p in module.named_parameters():
+            p.data.normal_(0, p[0].numel() ** -0.5 if p.ndim > 1 else 0.1, generator=generator)
+            if p.ndim == 1 and name.endswith("weight"):
+                p.data.add_(1)
+        nets[k].eval().requires_grad_(False).to(memory_format=torch.channels_last)
+    unet, vae, text, full, tiny = nets
+    return Base(unet, vae, text, Tokenizer(), Path("random")), {"full": full, "tiny": tiny}
+
+
+def compile_networks(base: Base, guides: dict[str, nn.Module], pipe) -> None:
+    """torch.compile of every network that a step or a picture runs, ours and the peer's."""
+    options = COMPILE.get(next(base.unet.parameters()).device.type, {})
+    theirs = (pipe.unet, pipe.vae.decoder, pipe.text_encoder) if pipe else ()
+    for module in (base.unet, base.text, *guides.values(), *theirs):
+        module.compile(**options)
+    for module, name in ((base.unet, "encode"), (base.unet, "decode"), (base.vae, "decode")):
+        setattr(module, name, torch.compile(getattr(module, name), **options))
+
+
+class Task:
+    """The work at one side of the latents and one batch: calls, by name, that one race times.
+
+    With each call stands how many of the thing named it does.
+    """
+
+    def __init__(self, config: SpeedConfig, base: Base, guides: dict[str, nn.Module], pipe,
+                 side: int, batch: int):
+        self.config, self.base, self.guides, self.pipe = config, base, guides, pipe
+        self.prompts = ["a lighthouse on a cliff at sunset, oil painting"] * batch
+        shape = (base.unet.config.in_channels, side, side)
+        self.z = ppdd.noise(range(batch), shape).to(config.device)                 # (B, Z, H, W)
+        self.t = torch.full((batch,), 500, device=config.device)
+        self.ids = base.tokenizer(self.prompts).to(config.device)                  # (B, L)
+        self.c, self.empty = base.text(self.ids), base.embed([""])
+        self.empty = self.empty.expand_as(self.c)                                  # (B, L, D)
+
+    def sample(self, method: str, steps: int, c: Tensor, empty: Tensor) -> Tensor:
+        guide, empty = self.guides.get(method), empty if method == "CFG" else None
+        return ppdd.sample(self.base.unet, self.z, c, SPEED_G, steps, guide, empty)
+
+    def parts(self) -> dict[str, tuple[Callable, int]]:
+        base, pipe, z = self.base, self.pipe, self.z.to(self.c.dtype)
+        n = 2 if self.config.device == "cpu" else 8
+        calls = {"UNet pass": (lambda: base.unet(z, self.t, self.c), 1)}
+        calls |= {f"{method} step": (lambda m=method: self.sample(m, n, self.c, self.empty), n)
+                  for method in ("CFG", "full", "tiny")}
+        calls |= {"VAE decode": (lambda: base.vae.decode(z), 1),
+                  "text encoding": (lambda: base.text(self.ids), 1)}
+        if pipe:
+            scaled = z / base.vae.config.scale_factor
+            theirs = {"UNet pass": lambda: pipe.unet(z, self.t, self.c),
+                      "VAE decode": lambda: pipe.vae.decode(scaled),
+                      "text encoding": lambda: pipe.text_encoder(self.ids)}
+            calls |= {PEER + name: (call, 1) for name, call in theirs.items()}
+        return calls
+
+    def pictures(self) -> dict[str, tuple[Callable, int]]:
+        """From prompt to pixels: text encoder, sampling, VAE."""
+        def ours(method: str, steps: int) -> Tensor:
+            c = self.base.embed(self.prompts)
+            empty = self.base.embed([""]).expand_as(c) if method == "CFG" else c
+            return self.base.decode(self.sample(method, steps, c, empty))
+
+        calls = {f"{method} picture, {n} steps": (lambda method=method, n=n: ours(method, n), 1)
+                 for n in self.config.steps for method in ("CFG", "full", "tiny")}
+        if self.pipe:
+            calls |= {f"{PEER}CFG picture, {n} steps": (lambda n=n: self.theirs(n), 1)
+                      for n in self.config.steps}
+        return calls
+
+    def theirs(self, steps: int, output: str = "pt") -> Tensor:
+        """Pictures, or latents, of diffusers' StableDiffusionPipeline with CFG."""
+        empty = self.base.tokenizer([""]).to(self.ids.device)
+        c, empty = (self.pipe.text_encoder(ids).last_hidden_state for ids in (self.ids, empty))
+        return self.pipe(prompt_embeds=c, negative_prompt_embeds=empty.expand_as(c),
+                         num_inference_steps=steps, guidance_scale=1 + SPEED_G,
+                         latents=self.z.to(c.dtype), height=8 * self.z.shape[2],
+                         width=8 * self.z.shape[3], output_type=output).images
+
+    def updates(self, name: str) -> dict[str, tuple[Callable, int]]:
+        """One update of a guide, AdamW and all, as train.py makes it, and the naive way."""
+        unet, teacher, c, z = self.base.unet, self.guides[name], self.c, self.z.to(self.c)
+        guide = copy.deepcopy(teacher).float().requires_grad_()
+        optimizer = torch.optim.AdamW(guide.parameters())
+        t, t_mid, t_end = (torch.full_like(self.t, t) for t in ppdd.step_grid(16)[4:7])
+        given, g = (unet, guide, z, t, c, self.empty), torch.full_like(self.t, 8).float()
+        losses = {
+            "stage-one update": lambda: ppdd.cfg_distillation(*given, g).loss,
+            "stage-one update, naive": lambda: naive_loss(*given, g),
+            "halving update": lambda: ppdd.halving(unet, guide, teacher, z, t, t_mid, t_end, c,
+                                                   g).loss}
+        return {f"{name} {kind}": (lambda loss=loss: self.update(loss, optimizer), 1)
+                for kind, loss in losses.items()}
+
+    def update(self, loss: Callable[[], Tensor], optimizer: torch.optim.Optimizer) -> None:
+        device, dtype = self.z.device.type, self.c.dtype
+        with ppdd.quick_attention(device):
+            with torch.autocast(device, dtype, enabled=dtype != torch.float32):
+                value = loss()
+            optimizer.zero_grad(set_to_none=True)
+            value.backward()
+        optimizer.step()
+
+
+def naive_loss(unet: UNet, guide: nn.Module, z: Tensor, t: Tensor, c: Tensor, empty: Tensor,
+               g: Tensor) -> Tensor:
+    """Algorithm 1 without sharing: a teacher's batch of two, then a whole pass of the student."""
+    with torch.no_grad():
+        eps = unet(torch.cat([z, z]), torch.cat([t, t]), torch.cat([c, empty])).float()
+        e_teacher = ppdd.cfg(*eps.chunk(2), g)
+    y = guide(g, unet.embed_time(t), c, *((z, t) if guide.reads_latent else ()))
+    return (unet(z, t, c, y).float() - e_teacher).square().mean()
+
+
+# -- measuring
+
+def race(calls: dict[str, tuple[Callable, int]], config: SpeedConfig) -> dict[str, dict]:
+    """Milliseconds and peak memory of calls that take turns, round by round, once warm."""
+    device, told = torch.device(config.device), {name: {"rounds": []} for name in calls}
+    warm = 3 if config.compile or device.type == "cuda" else 1 - ("picture" in "".join(calls))
+    for k in tqdm(range(warm + config.rounds), desc=f"{next(iter(calls))} …", leave=False):
+        for name, (call, n) in calls.items():
+            counted = reset_peak(device)
+            start = time.perf_counter()
+            call()
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            took = 1000 * (time.perf_counter() - start) / n
+            if k >= warm:
+                told[name]["rounds"].append(round(took, 4))
+                told[name]["GiB"] = round(peak(device) / 2**30, 3) if counted else None
+    for entry in told.values():
+        low, entry["ms"], high = np.percentile(entry["rounds"], (25, 50, 75)).round(4).tolist()
+        entry["quartiles"] = [low, high]
+    return told
+
+
+def reset_peak(device: torch.device) -> bool:
+    """Begins a new peak of memory, the GPU's or this process's; False where none can be had."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+    else:
+        try:
+            Path("/proc/self/clear_refs").write_text("5")      # Linux: VmHWM is the size of now
+        except OSError:
+            return False
+    return True
+
+
+def peak(device: torch.device) -> int:
+    """Bytes allocated at most since `reset_peak`, weights included; of a CPU, resident ones."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return 1024 * int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0])
+
+
+def machine_rates(config: SpeedConfig) -> dict[str, float]:
+    """The fastest of ten products of square matrices, and of ten copies, in this dtype."""
+    n = 8192 if config.device != "cpu" else 2048 if config.size == "sd15" else 1024
+    a, b = torch.randn(2, n, n, device=config.device).to(dtype_of(config))
+    big, other = torch.zeros(2, 2**26 if config.size == "sd15" else 2**23, device=config.device)
+    told = race({"matrix": (lambda: a @ b, 1), "copy": (lambda: big.copy_(other), 1)},
+                replace(config, rounds=10))
+    fastest = {name: min(entry["rounds"]) / 1000 for name, entry in told.items()}
+    return {"matrix, TFLOP/s": round(2 * n**3 / fastest["matrix"] / 1e12, 4),
+            "copy, GB/s, read and written": round(2 * big.nbytes / fastest["copy"] / 1e9, 2)}
+
+
+def speed_macs(nets: Networks, steps: tuple[int, ...]) -> dict[str, int]:
+    """Multiply-accumulates of the things raced, for one picture, attention included."""
+    once = {name: told.all for name, told in passes(nets).items()}
+    unet = once["base UNet"]
+    return {"UNet pass": unet, "CFG step": once["teacher"], "full step": unet + once["full guide"],
+            "tiny step": unet + once["tiny guide, as computed"],
+            "VAE decode": once["VAE decoder"], "text encoding": once["text encoder"]} | {
+        f"{method} picture, {n} steps": macs for method in ("CFG", "full", "tiny")
+        for n, macs in picture_cost(nets, method.lower(), steps).items()}
+
+
+def speed_row(name: str, side: int, batch: int, told: dict, macs: dict[str, int],
+              limit: dict[str, float]) -> dict:
+    """What was measured, and what follows from it."""
+    row, seconds = {"what": name, "side": side, "batch": batch, **told}, told["ms"] / 1000
+    if name.removeprefix(PEER) in macs:
+        done = batch * macs[name.removeprefix(PEER)]
+        row |= {"GMACs": done / 1e9, "TFLOP/s": 2 * done / seconds / 1e12}
+        row["of the matrix rate"] = row["TFLOP/s"] / limit["matrix, TFLOP/s"]
+    if "picture" in name or "update" in name:
+        row["images/s"] = batch / seconds
+    if "update" in name:
+        row["hours for 3,000 updates of 64"] = 3000 * 64 / row["images/s"] / 3600
+    return {key: round(value, 5) if isinstance(value, float) else value
+            for key, value in row.items()}
+
+
+def speed_ratios(rows: list[dict]) -> list[dict]:
+    """Guides beside CFG, ours beside the peer's, shared beside naive: medians over the rounds."""
+    found, by_name = [], {(row["what"], row["side"], row["batch"]): row for row in rows}
+    for (name, side, batch), row in by_name.items():
+        rival = re.sub("^(full|tiny) ", "CFG ", name)
+        for other in dict.fromkeys((rival, PEER + name, PEER + rival, f"{name}, naive")):
+            if other != name and (beside := by_name.get((other, side, batch))):
+                pairs = zip(row["rounds"], beside["rounds"])
+                found.append({"side": side, "batch": batch, "ratio": f"{name} / {other}",
+                              "median": round(statistics.median(a / b for a, b in pairs), 4)})
+    return found
+
+
+def speed_protocol(config: SpeedConfig) -> dict:
+    """How it was measured."""
+    cpu = config.device == "cpu"
+    return {
+        "weights": "random, seed 0", "g": SPEED_G, "dtype": str(dtype_of(config)),
+        "compiled": config.compile,
+        "milliseconds": f"median and quartiles of {config.rounds} rounds, in which everything "
+                        "takes turns, after warming up; ratios are medians of each round's own",
+        "a step": f"a run of {2 if cpu else 8} steps through ppdd.sample, by their number",
+        "a picture": "text encoder, sampling, VAE; diffusers': StableDiffusionPipeline, DDIM",
+        "memory": "peak resident size of the process, with all networks of this command in it" if
+                  cpu else "peak allocated on the GPU, with all networks of this command on it",
+        "arithmetic": "two operations a multiply-accumulate, attention's products included",
+        "an update": "forward, backward and AdamW, from latents and text states; the base in the "
+                     "dtype above, the guide in float32 under autocast",
+        **surroundings(config, "diffusers", "transformers")}
+
+
+def speed_markdown(result: dict) -> str:
+    """The page beside the result file."""
+    def cell(row: dict, key: str, form: str) -> str:
+        return format(row[key], form) if row.get(key) is not None else ""
+
+    lines = [[row["what"], f"{row['side']} × {row['side']}", row["batch"], f"{row['ms']:,.4g}",
+              " … ".join(f"{q:,.4g}" for q in row["quartiles"]), cell(row, "images/s", ".3g"),
+              cell(row, "GiB", ".2f"), cell(row, "TFLOP/s", ".3g"),
+              cell(row, "of the matrix rate", ".0%"),
+              cell(row, "hours for 3,000 updates of 64", ",.3g")] for row in result["rows"]]
+    head = ["", "latents", "batch", "ms", "quartiles", "images/s", "peak GiB", "TFLOP/s",
+            "of the limit", "hours for 3,000 updates of 64"]
+    ratios = [[r["ratio"], f"{r['side']} × {r['side']}", r["batch"], f"{r['median']:.3f}"]
+              for r in result["ratios"]]
+    told = listed(result["limit"] | {f"{name}, difference from diffusers": value for name, value in
+                                     result["checked"].items()})
+    return "\n".join([f"# Speed, {result['size']}", "", *table(head, lines, "---:"), "",
+                      *table(["ratio of times", "latents", "batch", ""], ratios, "---:"), "", *told,
+                      *protocol_lines(result["protocol"]),
+                      *(f"- left out: {said}" for said in result["left out"])]) + "\n"
+
+
+# -- the peer
+
+def build_peer(base: Base):
+    """diffusers' StableDiffusionPipeline over the base's own weights: nothing is copied."""
+    try:
+        from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline
+        from diffusers import UNet2DConditionModel as PeerUNet
+        from diffusers.loaders import single_file_utils as official
+        from transformers import CLIPTextConfig, CLIPTextModel
+    except ImportError as error:
+        raise BadInput(f"--peer needs a package that is missing: pip install diffusers "
+                       f"transformers ({error})") from None
+    u, v, t = base.unet.config, base.vae.config, base.text.config
+    levels, place = len(v.ch_mult), {True: "CrossAttn", False: ""}
+    with torch.device("meta"):
+        unet = PeerUNet(
+            in_channels=u.in_channels, out_channels=u.out_channels,
+            block_out_channels=[u.model_channels * m for m in u.channel_mult],
+            down_block_types=[f"{place[a]}DownBlock2D" for a in u.attention],
+            up_block_types=[f"{place[a]}UpBlock2D" for a in reversed(u.attention)],
+            layers_per_block=u.num_res_blocks, cross_attention_dim=u.context_dim,
+            attention_head_dim=u.num_heads, norm_num_groups=u.norm_groups)
+        vae = AutoencoderKL(
+            in_channels=v.in_channels, out_channels=v.out_channels, latent_channels=v.z_channels,
+            block_out_channels=[v.ch * m for m in v.ch_mult], layers_per_block=v.num_res_blocks,
+            down_block_types=["DownEncoderBlock2D"] * levels, norm_num_groups=v.norm_groups,
+            up_block_types=["UpDecoderBlock2D"] * levels, scaling_factor=v.scale_factor)
+    text = CLIPTextModel(CLIPTextConfig(
+        vocab_size=t.vocab_size, hidden_size=t.width, intermediate_size=4 * t.width,
+        num_hidden_layers=t.layers, num_attention_heads=t.heads, hidden_act="quick_gelu",
+        max_position_embeddings=t.positions, bos_token_id=49406, eos_token_id=49407))
+    for theirs, ours, prefix, convert in (
+            (unet, base.unet, "model.diffusion_model.", official.convert_ldm_unet_checkpoint),
+            (vae, base.vae, "first_stage_model.", official.convert_ldm_vae_checkpoint)):
+        named = {prefix + name: p for name, p in ours.state_dict().items()}
+        theirs.load_state_dict(convert(named, dict(theirs.config)), assign=True)
+    prefix = "text_model." * next(iter(text.state_dict())).startswith("text_model.")
+    text.load_state_dict({prefix + name: p for name, p in base.text.state_dict().items()},
+                         assign=True)
+    for module in (unet, vae, text.to(base.text.final_layer_norm.weight.device)):
+        module.eval().requires_grad_(False)
+    scheduler = DDIMScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False,
+        set_alpha_to_one=True, timestep_spacing="trailing", steps_offset=1)
+    pipe = StableDiffusionPipeline(vae, text, None, unet, scheduler, None, None,
+                                   requires_safety_checker=False)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def check_peer(config: SpeedConfig, base: Base, pipe) -> dict[str, float]:
+    """By how much the peer's outputs differ from ours. Raises BadInput where by more than AGREE."""
+    task = Task(config, base, {}, pipe, min(config.side), 1)
+    calls, found = task.parts(), {}
+    ours = {name: calls[name][0]() for name in ("UNet pass", "VAE decode", "text encoding")}
+    theirs = {name: calls[PEER + name][0]()[0] for name in ours}
+    ours["CFG picture, 2 steps"] = task.sample("CFG", 2, task.c, task.empty)
+    theirs["CFG picture, 2 steps"] = task.theirs(2, "latent")
+    for name, mine in ours.items():
+        other = theirs[name].float()
+        found[name] = ((mine.float() - other).abs().max() / other.abs().max()).item()
+    dtype = next(name for name, kind in DTYPES.items() if kind == dtype_of(config))
+    refuse(*((not off <= AGREE[dtype], f"{name}: diffusers' output is off ours by {off:.2g} of its "
+              f"largest value, more than {AGREE[dtype]:g}: a comparison would mean nothing")
+             for name, off in found.items()))
+    return found
+
+
 # ------------------------------------------------------------------------------- command line
 
 COMMANDS = {"fid": run_fid, "clip": run_clip, "table1": run_table1, "table2": table2,
             "table3": table3, "match": match, "fig5": fig5, "fig6": fig6, "fig7": fig7,
-            "fig8": fig8, "quality": quality}
+            "fig8": fig8, "quality": quality, "speed": speed}
 
 
 class Parser(argparse.ArgumentParser):
@@ -2024,15 +2425,16 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message}\n")
 
 
-def command_line() -> Parser:
-    """The command and its paths, and one flag for every other field of `Config`."""
+def command_line(kind: type) -> Parser:
+    """The command and its paths, and one flag for every other field of a configuration."""
     parser = Parser(prog="eval.py", description=__doc__.splitlines()[0])
-    command, paths, *flags = fields(Config)
+    command, *flags = fields(kind)
     parser.add_argument(command.name, choices=tuple(COMMANDS), **command.metadata)
-    parser.add_argument(paths.name, nargs="*", **paths.metadata)
     for f in flags:
         flag, more = "--" + f.name.replace("_", "-"), dict(f.metadata)
-        if isinstance(f.default, bool):
+        if f.name == "paths":
+            parser.add_argument(f.name, nargs="*", **more)
+        elif isinstance(f.default, bool):
             parser.add_argument(flag, action="store_true", **more)
         elif isinstance(f.default, tuple):
             parser.add_argument(flag, nargs="+", action="extend", default=[], **more)
@@ -2042,17 +2444,24 @@ def command_line() -> Parser:
     return parser
 
 
-def settle(config: Config) -> Config:
-    """The configuration with its device decided. Raises BadInput for what no command can use."""
-    device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
+def find_device(device: str) -> str:
+    """The device asked for, else a GPU, else the CPU. Raises BadInput where it is not there."""
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     there = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": torch.backends.mps.is_available()}
     try:
         asked = torch.device(device)
     except RuntimeError:
         raise BadInput(f"--device {device}: cpu, cuda or cuda:1, for example") from None
+    refuse(((asked.index or 0) >= there.get(asked.type, 0),
+            f"--device {device}: there is none here; leave it out, or pass cpu"))
+    return device
+
+
+def settle(config: Config) -> Config:
+    """The configuration with its device decided. Raises BadInput for what no command can use."""
+    device = find_device(config.device)
     refuse(
-        ((asked.index or 0) >= there.get(asked.type, 0),
-         f"--device {device}: there is none here; leave it out, or pass cpu"),
+        (config.command == "speed", "speed comes first, before its flags"),
         (not 1 <= config.batch <= 4096, f"--batch {config.batch}: from 1 to 4096"),
         (not 0 <= config.seed < 2**31, f"--seed {config.seed}: from 0 to {2**31 - 1}"),
         (config.count < 0, f"--count {config.count}: a number of pictures, or 0 for all"),
@@ -2066,16 +2475,18 @@ def settle(config: Config) -> Config:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = command_line()
+    argv = sys.argv[1:] if argv is None else argv
+    kind, decide = (SpeedConfig, settle_speed) if argv[:1] == ["speed"] else (Config, settle)
+    parser = command_line(kind)
     given = {k: tuple(v) if isinstance(v, list) else v
              for k, v in vars(parser.parse_intermixed_args(argv)).items()}
     try:
-        config = settle(Config(**given))
+        config = decide(kind(**given))
         COMMANDS[config.command](config)
     except KeyboardInterrupt:
         parser.exit(130, "stopped\n")
     except torch.cuda.OutOfMemoryError:
-        parser.error(f"out of GPU memory: pass --batch below {given['batch']}")
+        parser.error("out of GPU memory: pass a smaller --batch")
     except OSError as error:
         named = error.filename2 or error.filename or "a file"
         parser.error(f"{named}: {error.strerror or error}")
