@@ -211,117 +211,34 @@ INCEPTION = "pt_inception-2015-12-05-6726825d.pth"
 INCEPTION_SHA = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
 
 
-class Unit(nn.Module):
-    """Convolution, batch norm, ReLU; `same` keeps the sides."""
-
-    def __init__(self, c_in: int, c_out: int, kernel: int | tuple[int, int], stride: int = 1,
-                 same: bool = True):
-        super().__init__()
-        kernel = (kernel, kernel) if isinstance(kernel, int) else kernel
-        padding = [k // 2 if same and stride == 1 else 0 for k in kernel]
-        self.conv = nn.Conv2d(c_in, c_out, kernel, stride, padding, bias=False)
-        self.bn = nn.BatchNorm2d(c_out, eps=1e-3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.relu(self.bn(self.conv(x)))
-
-
-class Mixed(nn.Module):
-    """Branches side by side, joined over the channels, the pooled one last.
-
-    A branch is a row of (name, channels, kernel[, stride]); a list in it is a fork whose outputs
-    are joined too. The pooled branch ends in a 1×1 unit of `pooled` channels where that is not 0.
-    """
-
-    def __init__(self, c_in: int, pool: nn.Module, pooled: int, *branches: tuple):
-        super().__init__()
-        self.pool, self.paths = pool, []
-        for branch in branches:
-            channels, path = c_in, []
-            for step in branch:
-                fork = step if isinstance(step, list) else [step]
-                for name, *sizes in fork:
-                    setattr(self, name, Unit(channels, *sizes))
-                path.append([name for name, *_ in fork])
-                channels = fork[0][1]
-            self.paths.append(path)
-        self.branch_pool = Unit(c_in, pooled, 1) if pooled else nn.Identity()
-
-    def forward(self, x: Tensor) -> Tensor:
-        outputs = []
-        for path in self.paths:
-            h = x
-            for names in path:
-                h = torch.cat([getattr(self, name)(h) for name in names], dim=1)
-            outputs.append(h)
-        return torch.cat([*outputs, self.branch_pool(self.pool(x))], dim=1)
-
-
-def _average() -> nn.Module:
-    return nn.AvgPool2d(3, stride=1, padding=1, count_include_pad=False)
-
-
-def _mixed_5(c_in: int, pooled: int) -> Mixed:
-    return Mixed(c_in, _average(), pooled, (("branch1x1", 64, 1),),
-                 (("branch5x5_1", 48, 1), ("branch5x5_2", 64, 5)),
-                 (("branch3x3dbl_1", 64, 1), ("branch3x3dbl_2", 96, 3), ("branch3x3dbl_3", 96, 3)))
-
-
-def _mixed_6(c_in: int, c: int) -> Mixed:
-    return Mixed(c_in, _average(), 192, (("branch1x1", 192, 1),),
-                 (("branch7x7_1", c, 1), ("branch7x7_2", c, (1, 7)), ("branch7x7_3", 192, (7, 1))),
-                 (("branch7x7dbl_1", c, 1), ("branch7x7dbl_2", c, (7, 1)),
-                  ("branch7x7dbl_3", c, (1, 7)), ("branch7x7dbl_4", c, (7, 1)),
-                  ("branch7x7dbl_5", 192, (1, 7))))
-
-
-def _mixed_7(c_in: int, pool: nn.Module) -> Mixed:
-    return Mixed(c_in, pool, 192, (("branch1x1", 320, 1),),
-                 (("branch3x3_1", 384, 1),
-                  [("branch3x3_2a", 384, (1, 3)), ("branch3x3_2b", 384, (3, 1))]),
-                 (("branch3x3dbl_1", 448, 1), ("branch3x3dbl_2", 384, 3),
-                  [("branch3x3dbl_3a", 384, (1, 3)), ("branch3x3dbl_3b", 384, (3, 1))]))
-
-
 class Inception(nn.Module):
-    """The Inception v3 of FID, from 2015, without its classifier; names are the weight file's keys.
+    """The Inception v3 of FID, from 2015: torchvision's, which comes with open_clip, but for pools.
 
-    It is not torchvision's: averages leave padding out, and the last block pools by maximum.
+    Its averages leave padding out, and the last block pools by maximum. There is no classifier.
     """
 
     def __init__(self):
         super().__init__()
+        from torchvision.models import Inception3
+        self.net = Inception3(aux_logits=False, init_weights=False)     # names: the file's keys
+        self.net.fc = nn.Identity()
+        average = partial(F.avg_pool2d, kernel_size=3, stride=1, padding=1, count_include_pad=False)
+        for name in ("5b", "5c", "5d", "6b", "6c", "6d", "6e", "7b"):
+            self._pool(f"Mixed_{name}", average)
+        self._pool("Mixed_7c", partial(F.max_pool2d, kernel_size=3, stride=1, padding=1))
         self.protocol = {"network": "Inception v3 (2015-12-05), 2048 features of the last pooling",
                          "resize": "299 x 299, bilinear, align_corners=False, no antialias"}
-        self.Conv2d_1a_3x3 = Unit(3, 32, 3, stride=2)
-        self.Conv2d_2a_3x3 = Unit(32, 32, 3, same=False)
-        self.Conv2d_2b_3x3 = Unit(32, 64, 3)
-        self.Conv2d_3b_1x1 = Unit(64, 80, 1)
-        self.Conv2d_4a_3x3 = Unit(80, 192, 3, same=False)
-        self.Mixed_5b, self.Mixed_5c = _mixed_5(192, 32), _mixed_5(256, 64)
-        self.Mixed_5d = _mixed_5(288, 64)
-        self.Mixed_6a = Mixed(288, nn.MaxPool2d(3, 2), 0, (("branch3x3", 384, 3, 2),),
-                              (("branch3x3dbl_1", 64, 1), ("branch3x3dbl_2", 96, 3),
-                               ("branch3x3dbl_3", 96, 3, 2)))
-        self.Mixed_6b, self.Mixed_6c = _mixed_6(768, 128), _mixed_6(768, 160)
-        self.Mixed_6d, self.Mixed_6e = _mixed_6(768, 160), _mixed_6(768, 192)
-        self.Mixed_7a = Mixed(768, nn.MaxPool2d(3, 2), 0,
-                              (("branch3x3_1", 192, 1), ("branch3x3_2", 320, 3, 2)),
-                              (("branch7x7x3_1", 192, 1), ("branch7x7x3_2", 192, (1, 7)),
-                               ("branch7x7x3_3", 192, (7, 1)), ("branch7x7x3_4", 192, 3, 2)))
-        self.Mixed_7b = _mixed_7(1280, _average())
-        self.Mixed_7c = _mixed_7(2048, nn.MaxPool2d(3, stride=1, padding=1))
+
+    def _pool(self, name: str, pool: Callable[[Tensor], Tensor]) -> None:
+        """Gives the last of a block's branches another pool."""
+        block = getattr(self.net, name)
+        branches = block._forward
+        block._forward = lambda x: [*branches(x)[:-1], block.branch_pool(pool(x))]
 
     def forward(self, pictures: Tensor) -> Tensor:
         """Pictures (B, 3, H, W) uint8 to features (B, 2048)."""
         x = F.interpolate(pictures.float() / 255, (299, 299), mode="bilinear", align_corners=False)
-        x = self.Conv2d_2b_3x3(self.Conv2d_2a_3x3(self.Conv2d_1a_3x3(2 * x - 1)))
-        x = self.Conv2d_4a_3x3(self.Conv2d_3b_1x1(F.max_pool2d(x, 3, 2)))      # (B, 192, 71, 71)
-        x = F.max_pool2d(x, 3, 2)                                              # (B, 192, 35, 35)
-        for name, block in self.named_children():
-            if name.startswith("Mixed"):
-                x = block(x)
-        return x.mean((2, 3))                                                  # (B, 2048)
+        return self.net(2 * x - 1)
 
 
 def find_inception(given: str = "") -> Path | None:
@@ -341,7 +258,7 @@ def load_inception(path: str | Path, device: str | torch.device = "cpu") -> Ince
         raise BadInput(f"{path} {found}: pass {INCEPTION} from pytorch-fid's releases")
     state = torch.load(path, map_location="cpu", weights_only=True)
     network = Inception()
-    network.load_state_dict({k: v for k, v in state.items() if not k.startswith("fc.")})
+    network.net.load_state_dict({k: v for k, v in state.items() if not k.startswith("fc.")})
     network.protocol = {**network.protocol, "sha256": digest}
     return network.to(device).eval().requires_grad_(False)
 
@@ -2073,15 +1990,17 @@ def speed(config: SpeedConfig) -> None:
         macs = speed_macs(nets, config.steps)
         for batch in config.batch:
             task = Task(config, base, guides, pipe, side, batch)
-            races = [task.parts]
-            if config.device != "cpu" or config.size == "mini" or side == config.side[0]:
-                races += [task.pictures, *(partial(task.updates, name) for name in guides)]
+            first = side == config.side[0]
+            races = [(task.parts, first)]        # and whether a first round warms up on a CPU, too
+            if config.device != "cpu" or config.size == "mini" or first:
+                races += [(task.pictures, False), *((partial(task.updates, name), not config.quick)
+                                                    for name in guides)]
             else:
                 left_out.append(f"whole pictures and updates at {side} × {side}: minutes each on a "
                                 "CPU; they are measured at the side that --side names first")
-            for calls in races:
+            for calls, warm in races:
                 rows += [speed_row(name, side, batch, told, macs, limit)
-                         for name, told in race(calls(), config).items()]
+                         for name, told in race(calls(), config, warm).items()]
     result = {"size": config.size, "protocol": speed_protocol(config), "limit": limit,
               "checked": checked, "rows": rows, "ratios": speed_ratios(rows), "left out": left_out}
     name = f"speed-{config.size}-{torch.device(config.device).type}{'-quick' * config.quick}.json"
@@ -2098,7 +2017,9 @@ def random_base(config: SpeedConfig) -> tuple[Base, dict[str, nn.Module]]:
             p.data.normal_(0, p[0].numel() ** -0.5 if p.ndim > 1 else 0.1, generator=generator)
             if p.ndim == 1 and name.endswith("weight"):
                 p.data.add_(1)
-        nets[k].eval().requires_grad_(False).to(memory_format=torch.channels_last)
+        nets[k].eval().requires_grad_(False)
+        if config.device != "cpu":               # as sample.py does: on a CPU it wins nothing
+            nets[k].to(memory_format=torch.channels_last)
     unet, vae, text, full, tiny = nets
     return Base(unet, vae, text, Tokenizer(), Path("random")), {"full": full, "tiny": tiny}
 
@@ -2114,10 +2035,7 @@ def compile_networks(base: Base, guides: dict[str, nn.Module], pipe) -> None:
 
 
 class Task:
-    """The work at one side of the latents and one batch: calls, by name, that one race times.
-
-    With each call stands how many of the thing named it does.
-    """
+    """The work at one side of the latents and one batch: calls, by name, that one race times."""
 
     def __init__(self, config: SpeedConfig, base: Base, guides: dict[str, nn.Module], pipe,
                  side: int, batch: int):
@@ -2134,35 +2052,31 @@ class Task:
         guide, empty = self.guides.get(method), empty if method == "CFG" else None
         return ppdd.sample(self.base.unet, self.z, c, SPEED_G, steps, guide, empty)
 
-    def parts(self) -> dict[str, tuple[Callable, int]]:
+    def parts(self) -> dict[str, Callable]:
+        """One of each; of steps a whole run, as what is computed before them is theirs."""
         base, pipe, z = self.base, self.pipe, self.z.to(self.c.dtype)
-        n = 2 if self.config.device == "cpu" else 8
-        calls = {"UNet pass": (lambda: base.unet(z, self.t, self.c), 1)}
-        calls |= {f"{method} step": (lambda m=method: self.sample(m, n, self.c, self.empty), n)
-                  for method in ("CFG", "full", "tiny")}
-        calls |= {"VAE decode": (lambda: base.vae.decode(z), 1),
-                  "text encoding": (lambda: base.text(self.ids), 1)}
-        if pipe:
-            scaled = z / base.vae.config.scale_factor
-            theirs = {"UNet pass": lambda: pipe.unet(z, self.t, self.c),
-                      "VAE decode": lambda: pipe.vae.decode(scaled),
-                      "text encoding": lambda: pipe.text_encoder(self.ids)}
-            calls |= {PEER + name: (call, 1) for name, call in theirs.items()}
-        return calls
+        steps = run_length(self.config)
+        calls = {"UNet pass": lambda: base.unet(z, self.t, self.c)} | {
+            f"{method} step": partial(self.sample, method, steps, self.c, self.empty)
+            for method in ("CFG", "full", "tiny")} | {
+            "VAE decode": lambda: base.vae.decode(z), "text encoding": lambda: base.text(self.ids)}
+        scaled = z / base.vae.config.scale_factor
+        theirs = {"UNet pass": lambda: pipe.unet(z, self.t, self.c),
+                  "VAE decode": lambda: pipe.vae.decode(scaled),
+                  "text encoding": lambda: pipe.text_encoder(self.ids)} if pipe else {}
+        return calls | {PEER + name: call for name, call in theirs.items()}
 
-    def pictures(self) -> dict[str, tuple[Callable, int]]:
+    def pictures(self) -> dict[str, Callable]:
         """From prompt to pixels: text encoder, sampling, VAE."""
-        def ours(method: str, steps: int) -> Tensor:
-            c = self.base.embed(self.prompts)
-            empty = self.base.embed([""]).expand_as(c) if method == "CFG" else c
-            return self.base.decode(self.sample(method, steps, c, empty))
-
-        calls = {f"{method} picture, {n} steps": (lambda method=method, n=n: ours(method, n), 1)
+        calls = {f"{method} picture, {n} steps": partial(self.picture, method, n)
                  for n in self.config.steps for method in ("CFG", "full", "tiny")}
-        if self.pipe:
-            calls |= {f"{PEER}CFG picture, {n} steps": (lambda n=n: self.theirs(n), 1)
-                      for n in self.config.steps}
-        return calls
+        return calls | {f"{PEER}CFG picture, {n} steps": partial(self.theirs, n)
+                        for n in self.config.steps if self.pipe}
+
+    def picture(self, method: str, steps: int) -> Tensor:
+        c = self.base.embed(self.prompts)
+        empty = self.base.embed([""]).expand_as(c) if method == "CFG" else c
+        return self.base.decode(self.sample(method, steps, c, empty))
 
     def theirs(self, steps: int, output: str = "pt") -> Tensor:
         """Pictures, or latents, of diffusers' StableDiffusionPipeline with CFG."""
@@ -2173,7 +2087,7 @@ class Task:
                          latents=self.z.to(c.dtype), height=8 * self.z.shape[2],
                          width=8 * self.z.shape[3], output_type=output).images
 
-    def updates(self, name: str) -> dict[str, tuple[Callable, int]]:
+    def updates(self, name: str) -> dict[str, Callable]:
         """One update of a guide, AdamW and all, as train.py makes it, and the naive way."""
         unet, teacher, c, z = self.base.unet, self.guides[name], self.c, self.z.to(self.c)
         guide = copy.deepcopy(teacher).float().requires_grad_()
@@ -2185,7 +2099,7 @@ class Task:
             "stage-one update, naive": lambda: naive_loss(*given, g),
             "halving update": lambda: ppdd.halving(unet, guide, teacher, z, t, t_mid, t_end, c,
                                                    g).loss}
-        return {f"{name} {kind}": (lambda loss=loss: self.update(loss, optimizer), 1)
+        return {f"{name} {kind}": partial(self.update, loss, optimizer)
                 for kind, loss in losses.items()}
 
     def update(self, loss: Callable[[], Tensor], optimizer: torch.optim.Optimizer) -> None:
@@ -2210,13 +2124,18 @@ def naive_loss(unet: UNet, guide: nn.Module, z: Tensor, t: Tensor, c: Tensor, em
 
 # -- measuring
 
-def race(calls: dict[str, tuple[Callable, int]], config: SpeedConfig) -> dict[str, dict]:
+def run_length(config: SpeedConfig) -> int:
+    """Steps of the run whose time is shared out over them as that of a step."""
+    return 2 if config.device == "cpu" else 8
+
+
+def race(calls: dict[str, Callable], config: SpeedConfig, warm: int = True) -> dict[str, dict]:
     """Milliseconds and peak memory of calls that take turns, round by round, once warm."""
     device, told = torch.device(config.device), {name: {"rounds": []} for name in calls}
-    warm = 3 if config.compile or device.type == "cuda" else 1 - ("picture" in "".join(calls))
+    warm = 3 if config.compile or device.type == "cuda" else warm
     for k in tqdm(range(warm + config.rounds), desc=f"{next(iter(calls))} …", leave=False):
-        for name, (call, n) in calls.items():
-            counted = reset_peak(device)
+        for name, call in calls.items():
+            counted, n = reset_peak(device), run_length(config) if name.endswith(" step") else 1
             start = time.perf_counter()
             call()
             if device.type == "cuda":
@@ -2256,7 +2175,7 @@ def machine_rates(config: SpeedConfig) -> dict[str, float]:
     n = 8192 if config.device != "cpu" else 2048 if config.size == "sd15" else 1024
     a, b = torch.randn(2, n, n, device=config.device).to(dtype_of(config))
     big, other = torch.zeros(2, 2**26 if config.size == "sd15" else 2**23, device=config.device)
-    told = race({"matrix": (lambda: a @ b, 1), "copy": (lambda: big.copy_(other), 1)},
+    told = race({"matrix": lambda: a @ b, "copy": lambda: big.copy_(other)},
                 replace(config, rounds=10))
     fastest = {name: min(entry["rounds"]) / 1000 for name, entry in told.items()}
     return {"matrix, TFLOP/s": round(2 * n**3 / fastest["matrix"] / 1e12, 4),
@@ -2309,9 +2228,9 @@ def speed_protocol(config: SpeedConfig) -> dict:
     return {
         "weights": "random, seed 0", "g": SPEED_G, "dtype": str(dtype_of(config)),
         "compiled": config.compile,
-        "milliseconds": f"median and quartiles of {config.rounds} rounds, in which everything "
-                        "takes turns, after warming up; ratios are medians of each round's own",
-        "a step": f"a run of {2 if cpu else 8} steps through ppdd.sample, by their number",
+        "milliseconds": f"median and quartiles of {config.rounds} rounds in which everything "
+                        "takes turns, once warm; ratios are medians of each round's own",
+        "a step": f"a run of {run_length(config)} steps through ppdd.sample, by their number",
         "a picture": "text encoder, sampling, VAE; diffusers': StableDiffusionPipeline, DDIM",
         "memory": "peak resident size of the process, with all networks of this command in it" if
                   cpu else "peak allocated on the GPU, with all networks of this command on it",
@@ -2397,8 +2316,8 @@ def check_peer(config: SpeedConfig, base: Base, pipe) -> dict[str, float]:
     """By how much the peer's outputs differ from ours. Raises BadInput where by more than AGREE."""
     task = Task(config, base, {}, pipe, min(config.side), 1)
     calls, found = task.parts(), {}
-    ours = {name: calls[name][0]() for name in ("UNet pass", "VAE decode", "text encoding")}
-    theirs = {name: calls[PEER + name][0]()[0] for name in ours}
+    ours = {name: calls[name]() for name in ("UNet pass", "VAE decode", "text encoding")}
+    theirs = {name: calls[PEER + name]()[0] for name in ours}
     ours["CFG picture, 2 steps"] = task.sample("CFG", 2, task.c, task.empty)
     theirs["CFG picture, 2 steps"] = task.theirs(2, "latent")
     for name, mine in ours.items():

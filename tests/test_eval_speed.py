@@ -100,11 +100,14 @@ def test_weights_are_random_and_the_same_at_every_call():
         assert torch.equal(a, b)
 
 
-def test_calls_take_turns_and_the_first_round_only_warms_up():
-    order = []
-    calls = {name: (lambda name=name: order.append(name), n) for name, n in (("a", 1), ("b", 4))}
+def test_calls_take_turns_and_the_first_round_only_warms_up(monkeypatch):
+    order, wait = [], iter([9, 9, 1, 1, 2, 2, 6, 6])
+    monkeypatch.setattr(tables.time, "perf_counter", lambda: sum(order))
+    calls = {name: lambda: order.append(next(wait)) for name in ("a", "a step")}
     told = tables.race(calls, settled("--rounds", "3"))
-    assert order == ["a", "b"] * 4 and all(len(entry["rounds"]) == 3 for entry in told.values())
+    assert told["a"]["rounds"] == [1000, 2000, 6000] and told["a"]["ms"] == 2000
+    assert told["a"]["quartiles"] == [1500, 4000]
+    assert told["a step"]["rounds"] == [500, 1000, 3000]     # of a run of two steps on a CPU
 
 
 @pytest.mark.parametrize("guide", ["tiny", "full"])
@@ -125,7 +128,7 @@ def test_an_update_changes_the_copied_guide_only():
     base, guides = tables.random_base(settled())
     task = tables.Task(settled(), base, guides, None, 8, 1)
     before = [p.clone() for p in (*base.unet.parameters(), *guides["tiny"].parameters())]
-    for call, _ in task.updates("tiny").values():
+    for call in task.updates("tiny").values():
         call()
     after = (*base.unet.parameters(), *guides["tiny"].parameters())
     assert all(torch.equal(a, b) and b.grad is None for a, b in zip(before, after))
@@ -142,7 +145,7 @@ def test_compiled_networks_compute_the_same_and_copies_of_guides_learn(monkeypat
     learned = []
     monkeypatch.setattr(task, "update", lambda loss, optimizer: (
         loss().backward(), learned.append(optimizer.param_groups[0]["params"][0].grad)))
-    task.updates("full")["full stage-one update"][0]()
+    task.updates("full")["full stage-one update"]()
     assert learned[0].abs().max() > 0
 
 
