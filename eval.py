@@ -1973,7 +1973,8 @@ def settle_speed(config: SpeedConfig) -> SpeedConfig:
             "--side: multiples of 8, from 8 to 512"),
            (not all(1 <= b <= 4096 for b in config.batch), "--batch: from 1 to 4096"),
            (not all(1 <= n <= ppdd.TIMESTEPS for n in config.steps), "--steps: from 1 to 1000"),
-           (config.rounds < 1, f"--rounds {config.rounds}: at least 1"))
+           (config.rounds < 1, f"--rounds {config.rounds}: at least 1"),
+           (world() > 1, "speed runs in one process: leave out torchrun"))
     return config
 
 
@@ -1989,6 +1990,7 @@ def speed(config: SpeedConfig) -> None:
         nets = build_networks(config.size)._replace(side=side)
         macs = speed_macs(nets, config.steps)
         for batch in config.batch:
+            torch.compiler.reset()                # for other shapes it is compiled anew
             task = Task(config, base, guides, pipe, side, batch)
             first = side == config.side[0]
             races = [(task.parts, first)]        # and whether a first round warms up on a CPU, too
@@ -2014,7 +2016,8 @@ def random_base(config: SpeedConfig) -> tuple[Base, dict[str, nn.Module]]:
     for k, module in enumerate(nets):
         nets[k] = module.to(dtype_of(config)).to_empty(device=config.device)
         for name, p in module.named_parameters():
-            p.data.normal_(0, p[0].numel() ** -0.5 if p.ndim > 1 else 0.1, generator=generator)
+            bound = (3 / p[0].numel()) ** 0.5 if p.ndim > 1 else 0.1     # of variance 1 / inputs
+            p.data.uniform_(-bound, bound, generator=generator)
             if p.ndim == 1 and name.endswith("weight"):
                 p.data.add_(1)
         nets[k].eval().requires_grad_(False)
@@ -2026,7 +2029,7 @@ def random_base(config: SpeedConfig) -> tuple[Base, dict[str, nn.Module]]:
 
 def compile_networks(base: Base, guides: dict[str, nn.Module], pipe) -> None:
     """torch.compile of every network that a step or a picture runs, ours and the peer's."""
-    options = COMPILE.get(next(base.unet.parameters()).device.type, {})
+    options = {"dynamic": False} | COMPILE.get(next(base.unet.parameters()).device.type, {})
     theirs = (pipe.unet, pipe.vae.decoder, pipe.text_encoder) if pipe else ()
     for module in (base.unet, base.text, *guides.values(), *theirs):
         module.compile(**options)
@@ -2388,7 +2391,7 @@ def settle(config: Config) -> Config:
          f"{config.command} takes no paths, and got {' '.join(config.paths)}"),
         (config.count and config.command in ("fid", "clip", "table1"),
          f"--count {config.count}: {config.command} takes all there are; leave it out"),
-        (int(os.environ.get("WORLD_SIZE", 1)) > 1 and config.command not in ("table2", "table3"),
+        (world() > 1 and config.command not in ("table2", "table3"),
          f"{config.command} runs in one process: leave out torchrun"))
     return replace(config, device=device)
 
@@ -2411,6 +2414,8 @@ def main(argv: list[str] | None = None) -> None:
         parser.error(f"{named}: {error.strerror or error}")
     except (BadInput, CheckpointError, ImportError) as error:
         parser.error(str(error))
+    except torch._dynamo.exc.TorchDynamoException as error:
+        parser.error(f"--compile can't be used here, leave it out ({str(error).splitlines()[0]})")
 
 
 if __name__ == "__main__":

@@ -149,6 +149,16 @@ def test_compiled_networks_compute_the_same_and_copies_of_guides_learn(monkeypat
     assert learned[0].abs().max() > 0
 
 
+def test_where_nothing_compiles_a_sentence_says_so(here, capsys, monkeypatch):
+    def broken(graph, inputs):
+        raise RuntimeError("no C++ compiler")
+
+    monkeypatch.setattr(tables, "COMPILE", {"cpu": {"backend": broken}})
+    monkeypatch.setattr(tables, "speed_macs", lambda nets, steps: {})
+    assert "leave it out (backend='broken' raised" in refusal(capsys, *QUICK, "--compile")
+    assert not list(here.iterdir())
+
+
 def test_defaults_by_machine(monkeypatch):
     monkeypatch.setattr(tables, "find_device", lambda device: device)
     found = {(size, device, quick): tables.settle_speed(tables.SpeedConfig(
@@ -167,6 +177,9 @@ def test_sentences(here, capsys, monkeypatch):
                        ("--device abacus", "--device abacus"), ("--size xl", "invalid choice")):
         assert said in refusal(capsys, *QUICK, *argv.split())
     assert "speed comes first" in refusal(capsys, "--device", "cpu", "speed")
+    with monkeypatch.context() as several:
+        several.setenv("WORLD_SIZE", "2")
+        assert "leave out torchrun" in refusal(capsys, *QUICK)
     monkeypatch.setitem(sys.modules, "diffusers", None)
     assert "pip install diffusers" in refusal(capsys, *QUICK, "--peer")
     assert not list(here.iterdir())
