@@ -821,8 +821,8 @@ def tiny_on_maps(tiny: ppdd.TinyGuide, emb: Tensor, c: Tensor, positions: list[i
         theta(torch.empty(n, theta.in_features))
 
 
-def picture_cost(nets: Networks, method: str, steps: Iterable[int] = STEPS) -> dict[int, int]:
-    """MACs of one picture at so many steps, from prompt to pixels, as `ppdd.sample` computes.
+def picture_cost(nets: Networks, method: str) -> dict[int, int]:
+    """MACs of one picture at 8, 16 and 50 steps, from prompt to pixels, as `ppdd.sample` computes.
 
     method is cfg, full or tiny. What is computed once a run (the full guide's hint, the empty
     prompt, decoding) is counted once. The cost is affine in the steps: one and two tell the rest.
@@ -836,7 +836,7 @@ def picture_cost(nets: Networks, method: str, steps: Iterable[int] = STEPS) -> d
         nets.vae.decode(ppdd.sample(nets.unet, z, c, 8.0, n, guide, empty))
 
     one, two = arithmetic(lambda: paint(1)).all, arithmetic(lambda: paint(2)).all
-    return {n: one + (n - 1) * (two - one) for n in steps}
+    return {n: one + (n - 1) * (two - one) for n in STEPS}
 
 
 def _inputs(nets: Networks) -> tuple[Tensor, ...]:
@@ -2188,12 +2188,14 @@ def machine_rates(config: SpeedConfig) -> dict[str, float]:
 def speed_macs(nets: Networks, steps: tuple[int, ...]) -> dict[str, int]:
     """Multiply-accumulates of the things raced, for one picture, attention included."""
     once = {name: told.all for name, told in passes(nets).items()}
-    unet = once["base UNet"]
-    return {"UNet pass": unet, "CFG step": once["teacher"], "full step": unet + once["full guide"],
-            "tiny step": unet + once["tiny guide, as computed"],
-            "VAE decode": once["VAE decoder"], "text encoding": once["text encoder"]} | {
-        f"{method} picture, {n} steps": macs for method in ("CFG", "full", "tiny")
-        for n, macs in picture_cost(nets, method.lower(), steps).items()}
+    unet, hint, text = (once[name] for name in ("base UNet", "hint encoder", "text encoder"))
+    step = {"CFG": 2 * unet, "full": unet + once["full guide"] - hint,
+            "tiny": unet + once["tiny guide, as computed"]}
+    ends = {"CFG": text, "full": hint, "tiny": 0}        # beside what every picture begins and ends
+    parts = {"UNet pass": unet, "VAE decode": once["VAE decoder"], "text encoding": text}
+    return parts | {f"{method} step": macs for method, macs in step.items()} | {
+        f"{method} picture, {n} steps": n * macs + ends[method] + text + once["VAE decoder"]
+        for method, macs in step.items() for n in steps}
 
 
 def speed_row(name: str, side: int, batch: int, told: dict, macs: dict[str, int],
@@ -2237,7 +2239,8 @@ def speed_protocol(config: SpeedConfig) -> dict:
         "a picture": "text encoder, sampling, VAE; diffusers': StableDiffusionPipeline, DDIM",
         "memory": "peak resident size of the process, with all networks of this command in it" if
                   cpu else "peak allocated on the GPU, with all networks of this command on it",
-        "arithmetic": "two operations a multiply-accumulate, attention's products included",
+        "arithmetic": "two operations a multiply-accumulate, attention's products included, of "
+                      "plain passes: what a run computes once counts in each of its steps",
         "an update": "forward, backward and AdamW, from latents and text states; the base in the "
                      "dtype above, the guide in float32 under autocast",
         **surroundings(config, "diffusers", "transformers")}

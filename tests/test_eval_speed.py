@@ -82,8 +82,10 @@ def test_the_arithmetic_is_table_1_s(here, capsys):
             rate = 2 * macs / (row["ms"] / 1000) / 1e12
             assert row["of the matrix rate"] == pytest.approx(
                 rate / told["limit"]["matrix, TFLOP/s"], rel=0.02)
-    cost = tables.picture_cost(nets, "cfg", [1])[1]
-    assert rows["CFG picture, 1 steps", 2]["GMACs"] == pytest.approx(2 * cost / 1e9, rel=1e-3)
+    for method, name in (("cfg", "CFG"), ("full", "full"), ("tiny", "tiny")):
+        cost, macs = tables.picture_cost(nets, method), tables.speed_macs(nets, tables.STEPS)
+        for n in tables.STEPS:
+            assert 0.9 < cost[n] / macs[f"{name} picture, {n} steps"] < 1.0001
 
 
 def test_everything_follows_the_dtype(here, capsys):
