@@ -1990,7 +1990,8 @@ def speed(config: SpeedConfig) -> None:
         nets = build_networks(config.size)._replace(side=side)
         macs = speed_macs(nets, config.steps)
         for batch in config.batch:
-            torch.compiler.reset()                # for other shapes it is compiled anew
+            if config.compile:
+                torch.compiler.reset()           # other shapes are compiled anew
             task = Task(config, base, guides, pipe, side, batch)
             first = side == config.side[0]
             races = [(task.parts, first)]        # and whether a first round warms up on a CPU, too

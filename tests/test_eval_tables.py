@@ -261,8 +261,13 @@ def test_sentences(here, capsys, monkeypatch):
     assert "pip install matplotlib" in refusal(capsys, "quality")
 
 
-def test_accuracy_is_the_judge_s(here):
-    """Real postcards of what the prompts say are right, and those of other prompts are not."""
+def test_accuracy_is_the_judge_s(here, monkeypatch):
+    """Real postcards of what the prompts say are right, and those of other prompts are not.
+
+    Those to compare with are drawn once, for the distance and for the judge.
+    """
+    drawn, draw = [], postcards.draw
+    monkeypatch.setattr(postcards, "draw", lambda a, *more: drawn.append(len(a)) or draw(a, *more))
     base = ppdd.load_base(ppdd.MINI)
     config = tables.fill(tables.Config(command="table2", count=200, device="cpu"))
     bench = tables.Bench(config, base)
@@ -274,6 +279,7 @@ def test_accuracy_is_the_judge_s(here):
             tables.save_png(path, tables.to_image((picture * 255).round().byte()))
         assert low <= bench.score(cell)["accuracy"] <= high
     assert bench.measured_by()[tables.JUDGED] > 99
+    assert sum(drawn) == 2 * 200 + config.references
 
 
 def test_seeds_never_share_noise(here, monkeypatch):
