@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import LongTensor, Tensor, nn
 
-from unet import Part, load_strict, read_checkpoint, read_config
+from unet import Part, load_strict, normal, read_checkpoint, read_config
 
 # ------------------------------------------------------------------------------------ the network
 
@@ -42,8 +42,9 @@ class Embeddings(nn.Module):
 
     def __init__(self, config: TextConfig):
         super().__init__()
-        self.token_embedding = nn.Embedding(config.vocab_size, config.width)
-        self.position_embedding = nn.Embedding(config.positions, config.width)
+        self.token_embedding, self.position_embedding = (
+            nn.Embedding.from_pretrained(normal(count, config.width), freeze=False)
+            for count in (config.vocab_size, config.positions))
 
     def forward(self, ids: Tensor) -> Tensor:
         positions = self.position_embedding.weight[: ids.shape[1]]                  # (L, D)
@@ -147,8 +148,8 @@ def load_text_encoder(
     tensors = {name: t for name, t in tensors.items() if name not in UNUSED}
     with torch.device("meta"):  # no memory and no random numbers for weights about to be replaced
         encoder = TextEncoder(config or read_config(TextConfig, stored, path)).to(dtype)
-    load_strict(encoder, tensors, path)
-    return encoder.to(device).eval().requires_grad_(False)
+    load_strict(encoder, tensors, path, device)
+    return encoder.eval().requires_grad_(False)
 
 
 # ---------------------------------------------------------------------------------- the tokenizer

@@ -41,6 +41,7 @@ from unet import (
     injection_channels,
     load_strict,
     load_unet,
+    normal,
 )
 from vae import VAE, load_vae
 
@@ -179,7 +180,7 @@ class TinyGuide(nn.Module):
         if config.pool == "attention":
             if width % config.queries:
                 raise CheckpointError(f"queries is {config.queries}: it must divide {width}")
-            self.query = nn.Parameter(torch.randn(config.queries, base.context_dim) * 0.1)
+            self.query = nn.Parameter(normal(config.queries, base.context_dim, std=0.1))
         elif config.pool not in ("mean", "end"):
             raise CheckpointError(f"pool is {config.pool!r}: use attention, mean or end")
         if config.form not in ("sum", "product"):
@@ -202,12 +203,24 @@ class TinyGuide(nn.Module):
     def forward(self, g: Tensor, emb: Tensor, c: Tensor, z: Tensor | None = None) -> list[Tensor]:
         """Guidance g (B,), base's time embedding (B, E), prompt c (B, L, D) to 13 (B, C_i, 1, 1).
 
-        z is taken for the sake of one interface, and not read.
+        Times of a whole run, (N, 1, E), give 13 (N, B, C_i, 1, 1). z is taken for the sake of one
+        interface, and not read.
         """
-        said = self.theta_z1(emb) + self.read_text(c)                          # (B, C)
+        said = self.theta_z1(emb) + self.read_text(c)                          # (…, B, C)
         gamma = (g / G_SCALE)[:, None].to(said)                                # (B, 1)
         h = gamma + said if self.guide_config.form == "sum" else gamma * (1 + said)
-        return [theta(h)[:, :, None, None] for theta in self.theta_z3]
+        return [theta(h)[..., None, None] for theta in self.theta_z3]
+
+    def cues(self, g: Tensor, embs: Tensor, times: Tensor, c: Tensor, z: Tensor) -> list[tuple]:
+        """What is known of a run's N steps before the first of them: here, all features.
+
+        g (B,) or (1,), embs (N, E) of the base, times (N,), c (B, L, D), z like those to come.
+        """
+        return list(zip(*self(g, embs[:, None], c)))
+
+    def features(self, cue: tuple, z: Tensor) -> tuple[Tensor, ...]:
+        """y at latents z (B, Z, H, W) of the step whose cue this is."""
+        return cue
 
 
 class FullGuide(Encoder):
@@ -238,8 +251,8 @@ class FullGuide(Encoder):
         plain = (g / G_SCALE).to(z).view(-1, 1, 1, 1)
         return self.input_hint_block(plain.expand(-1, 3, 8 * z.shape[2], 8 * z.shape[3]))
 
-    def forward(self, g: Tensor, emb: Tensor, c: Tensor, z: Tensor, t: Tensor | None = None,
-                hint: Tensor | None = None) -> list[Tensor]:
+    def forward(self, g: Tensor | None, emb: Tensor, c: Tensor, z: Tensor,
+                t: Tensor | None = None, hint: Tensor | None = None) -> list[Tensor]:
         """As `TinyGuide.forward`, and latents z (B, Z, H, W); y has the shapes of the skips.
 
         t (B,) are the timesteps, from which it makes its own time embedding (emb is the base's);
@@ -254,6 +267,17 @@ class FullGuide(Encoder):
             features.append(h)
         features.append(self.middle_block(h, emb, c))
         return [conv(f) for conv, f in zip([*self.zero_convs, self.middle_block_out], features)]
+
+    def cues(self, g: Tensor, embs: Tensor, times: Tensor, c: Tensor, z: Tensor) -> list[tuple]:
+        """As `TinyGuide.cues`: its own projections of time and prompt, and the hint."""
+        own, prompt = self.prepare(self.embed_time(times), c)
+        hint = self.hint(g, z)
+        return [(emb, prompt, hint) for emb in own]
+
+    def features(self, cue: tuple, z: Tensor) -> list[Tensor]:
+        """y at latents z (B, Z, H, W) of the step whose cue this is."""
+        emb, c, hint = cue
+        return self(None, emb, c, z, hint=hint)
 
 
 def _zero_conv(channels: int, c_in: int | None = None) -> nn.Conv2d:
@@ -305,12 +329,12 @@ def _guide_features(guide: nn.Module, g: Tensor, emb: Tensor, c: Tensor, z: Tens
 
 
 def cfg_distillation(unet: UNet, guide: nn.Module, z: Tensor, t: Tensor, c: Tensor, empty: Tensor,
-                     g: Tensor) -> Distilled:
+                     g: Tensor, weight: Callable | None = None) -> Distilled:
     """Algorithm 1: L = ‖e_teacher − e‖², t and g one a sample.
 
     z (B, Z, H, W), t (B,), c and empty (B, L, D), g (B,). The guide touches only the decoder, so
     the student's encoder pass is the conditional teacher's and runs once; nothing before the
-    decoder holds a gradient.
+    decoder holds a gradient. weight(t) weighs the squared ε error; the paper's does not.
     """
     with torch.no_grad():
         emb = unet.embed_time(t)
@@ -319,7 +343,8 @@ def cfg_distillation(unet: UNet, guide: nn.Module, z: Tensor, t: Tensor, c: Tens
         eps_empty = unet.decode(*unet.encode(z, emb, empty), emb, empty).float()
         e_teacher = cfg(eps_c, eps_empty, g)                                   # Eq. 3
     y = _guide_features(guide, g, emb, c, z, t)
-    return _compare(unet.decode(skips, h, emb, c, y), e_teacher, eps_c)        # Eq. 4
+    return _compare(unet.decode(skips, h, emb, c, y), e_teacher, eps_c,        # Eq. 4
+                    weight(t) if weight else 1.0)
 
 
 def halving_target(z: Tensor, z_end: Tensor, t: Tensor, t_end: Tensor) -> Tensor:
@@ -338,11 +363,16 @@ def truncated_snr(t: Tensor) -> Tensor:
     return torch.maximum(sigma / alpha, torch.ones_like(alpha)).square().flatten()
 
 
+def root_snr(t: Tensor) -> Tensor:
+    """(B,) weight halfway, in its logarithm, from the plain ε error to truncated SNR."""
+    return truncated_snr(t).sqrt()
+
+
 def halving(unet: UNet, guide: nn.Module, teacher: nn.Module, z: Tensor, t: Tensor, t_mid: Tensor,
             t_end: Tensor, c: Tensor, g: Tensor, weight: Callable | None = None) -> Distilled:
     """Section 4.4: one step of the guide learns what two DDIM steps t → t′ → t″ of the teacher do.
 
-    Teacher and student share the base's encoder pass at t. weight(t) weighs the squared ε error.
+    Teacher and student share the base's encoder pass at t. weight is `cfg_distillation`'s.
     """
     with torch.no_grad():
         emb, emb_mid = unet.embed_time(t), unet.embed_time(t_mid)
@@ -359,49 +389,46 @@ def halving(unet: UNet, guide: nn.Module, teacher: nn.Module, z: Tensor, t: Tens
 
 # ------------------------------------------------------------------------------- sampling
 
+def predict(unet: UNet, z: Tensor, emb: dict, c: dict, g: Tensor, guide: nn.Module | None = None,
+            cue: tuple | None = None, twice: bool = False) -> Tensor:
+    """ε̂ (B, Z, H, W), float32, at one step of a run, for which emb, c and cue were prepared.
+
+    With a guide Eq. 4; twice is Eq. 3, both passes as one batch, and c is then of 2 B prompts.
+    g (1,) is a tensor and nothing here waits for the device: compiled, this serves any g, prompt
+    and noise of the same shape.
+    """
+    y = None if guide is None else guide.features(cue, z)
+    z = torch.cat([z, z]) if twice else z
+    eps = unet.decode(*unet.encode(z, emb, c), emb, c, y).float()
+    return cfg(*eps.chunk(2), g) if twice else eps
+
+
 @torch.no_grad()
 def sample(unet: UNet, z: Tensor, c: Tensor, g: float, steps: int, guide: nn.Module | None = None,
            empty: Tensor | None = None, sampler: str = "ddim",
-           progress: Callable[[], object] = lambda: None) -> Tensor:
+           progress: Callable[[], object] = lambda: None,
+           predict: Callable[..., Tensor] = predict) -> Tensor:
     """Latents (B, Z, H, W) from standard normal noise z, float32, under prompts c (B, L, D).
 
     With a guide one pass a step (Eq. 4); with `empty` (B, L, D) CFG, two passes as one batch
     (Eq. 3); with neither no guidance. g is Eq. 3's: 0 is none. progress() is called
-    once a prediction.
+    once a prediction; predict is the function of that name, or the same compiled.
+
+    What no step changes, all that times, prompt and g say to the layers, is computed once, first.
     """
     dtype, grid = next(unet.parameters()).dtype, step_grid(steps)
+    twice = guide is None and empty is not None
     times = torch.tensor(grid[:-1], device=z.device)
     embs = unet.embed_time(times)                                              # (N, E)
-    guidance = torch.full((len(z),), g, dtype=torch.float32, device=z.device)
-    features = guide and guide_features(guide, guidance, embs, times, c, z.to(dtype))
+    guidance = torch.full((1,), g, dtype=torch.float32, device=z.device)
+    cues = guide.cues(guidance, embs, times, c, z.to(dtype)) if guide else [None] * steps
+    embs, prompt = unet.prepare(embs, torch.cat([c, empty]) if twice else c)
 
-    def predict(z: Tensor, i: int) -> Tensor:
+    def at_step(z: Tensor, i: int) -> Tensor:
         progress()
-        z, emb = z.to(dtype), embs[i].expand(len(z), -1)
-        if guide is not None:
-            return unet.decode(*unet.encode(z, emb, c), emb, c, features(z, i)).float()
-        if empty is None:
-            return unet.decode(*unet.encode(z, emb, c), emb, c).float()
-        both, z, emb = torch.cat([c, empty]), torch.cat([z, z]), torch.cat([emb, emb])
-        eps = unet.decode(*unet.encode(z, emb, both), emb, both).float()
-        return cfg(*eps.chunk(2), g)
+        return predict(unet, z.to(dtype), embs[i], prompt, guidance, guide, cues[i], twice)
 
-    return SAMPLERS[sampler](predict, z, grid)
-
-
-def guide_features(guide: nn.Module, g: Tensor, embs: Tensor, times: Tensor, c: Tensor,
-                   z: Tensor) -> Callable[[Tensor, int], list[Tensor]]:
-    """A function features(z, i) for a whole run: what no step changes is computed here, once.
-
-    g (B,), embs (N, E) and times (N,) of all steps, c (B, L, D), z like the latents to come.
-    """
-    n, b = len(times), len(c)
-    if guide.reads_latent:
-        hint, own = guide.hint(g, z), guide.embed_time(times)
-        return lambda z, i: guide(g, own[i].expand(b, -1), c, z, hint=hint)
-    y = guide(g.repeat(n), embs.repeat_interleave(b, 0), c.repeat(n, 1, 1))    # (N B, C_i, 1, 1)
-    steps = [layer.unflatten(0, (n, b)) for layer in y]
-    return lambda z, i: [layer[i] for layer in steps]
+    return SAMPLERS[sampler](at_step, z, grid)
 
 
 def noise(seeds: Iterable[int], shape: tuple[int, ...]) -> Tensor:
@@ -437,15 +464,16 @@ class Base:
         return embed(self.text, self.tokenizer, texts)
 
     def decode(self, z: Tensor) -> Tensor:
-        """Latents to pictures (B, 3, H, W) uint8, one at a time so that memory stays flat.
+        """Latents (B, Z, H / 8, W / 8) to pictures (B, 3, H, W) uint8.
 
-        float16 can overflow in the VAE: a picture that is not finite is decoded again in float32.
+        As many at a time as make up one of 512 × 512, so that memory stays flat. float16 can
+        overflow in the VAE: a picture that is not finite is decoded again in float32.
         """
         dtype, pictures = next(self.vae.parameters()).dtype, []
-        for latent in z.split(1):
-            x = self.vae.decode(latent.to(dtype)).float()
-            if not x.isfinite().all():
-                x = self.vae.float().decode(latent.float())
+        for latents in z.split(max(1, 64 * 64 // z[0, 0].numel())):
+            x = self.vae.decode(latents.to(dtype)).float()
+            if dtype == torch.float16 and (bad := ~x.flatten(1).isfinite().all(1)).any():
+                x[bad] = self.vae.float().decode(latents[bad].float())
                 self.vae.to(dtype)
             pictures.append(((x / 2 + 0.5).clamp(0, 1) * 255).round().byte())
         return torch.cat(pictures)
@@ -478,8 +506,14 @@ def find_weights(given: str | Path | None = None) -> Path:
 def load_base(path: Path, dtype: torch.dtype = torch.float32,
               device: str | torch.device = "cpu") -> Base:
     """All three networks of a checkpoint, frozen. Raises CheckpointError with one sentence."""
-    return Base(load_unet(path, dtype, device), load_vae(path, dtype, device),
-                load_text_encoder(path, dtype, device), Tokenizer(), Path(path))
+    unet, vae = (_laid_out(load(path, dtype, device)) for load in (load_unet, load_vae))
+    return Base(unet, vae, load_text_encoder(path, dtype, device), Tokenizer(), Path(path))
+
+
+def _laid_out(module: nn.Module) -> nn.Module:
+    """With channels last on a GPU, as its tensor cores take them; on a CPU that gains nothing."""
+    on_gpu = next(module.parameters()).is_cuda
+    return module.to(memory_format=torch.channels_last) if on_gpu else module
 
 
 def fingerprint(path: Path) -> str:
@@ -532,7 +566,7 @@ def load_guide(path: Path, base: UNetConfig, dtype: torch.dtype = torch.float32,
     except CheckpointError as error:
         raise CheckpointError(f"{path} was trained for a base of another size: use it with a "
                               f"checkpoint of that size, or train one for this") from error
-    return guide.to(device).eval().requires_grad_(False)
+    return _laid_out(guide.to(device)).eval().requires_grad_(False)
 
 
 # ------------------------------------------------------------------------------- keeping a run

@@ -8,6 +8,7 @@ seed + k, so that no batch size changes it; its PNG holds the `Config` that make
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import math
 import os
@@ -27,7 +28,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 from safetensors import safe_open
-from torch import nn
+from torch import Tensor, nn
 from tqdm import tqdm
 
 import ppdd
@@ -66,6 +67,8 @@ class Config:
                         choices=("auto", "fp32", "bf16", "fp16"))
     batch: int = option(8, "pictures sampled together")
     out: str = option("out", "folder of the pictures; nothing in it is overwritten")
+    compile: bool = option(False, "compile the step and the decoder: slow to begin, then faster; "
+                                  "needs a C++ compiler")
     compare: bool = option(False, "one sheet of no guidance, CFG, full guide and tiny guide")
 
 
@@ -120,6 +123,8 @@ def run(config: Config) -> None:
     path = ppdd.find_weights(config.weights)
     base = ppdd.load_base(path, DTYPES[config.dtype], config.device)
     config = fit(config, base)
+    if config.compile:
+        base.vae.decode = compiled(base.vae.decode, config.device)
     print(NO_WEIGHTS if path == ppdd.MINI and not config.weights else f"base: {path}")
     print(f"g = {config.g:g} (guidance scale {1 + config.g:g} elsewhere)")
     prompts = [prompt for prompt in config.prompt for _ in range(config.n)]
@@ -154,9 +159,35 @@ def paint(config: Config, base: Base, method: Method, shots: list[Shot],
     shape = (base.unet.config.in_channels, height // 8, width // 8)
     z = ppdd.noise([shot.seed for shot in shots], shape).to(c.device)               # (B, Z, H, W)
     z = ppdd.sample(base.unet, z, c, config.g, config.steps, method.guide, empty, config.sampler,
-                    progress)
+                    progress, predictor(config.compile, config.device))
     pixels = base.decode(z).permute(0, 2, 3, 1).cpu().numpy()                       # (B, 8H, 8W, 3)
     return [Image.fromarray(picture) for picture in pixels]
+
+
+@functools.cache
+def predictor(compile: bool, device: str) -> Callable[..., Tensor]:
+    """One step's prediction; compiled, it is so once a shape, for any g, prompt and seed."""
+    return compiled(ppdd.predict, device) if compile else ppdd.predict
+
+
+def compiled(function: Callable[..., Tensor], device: str) -> Callable[..., Tensor]:
+    """The function as one graph. On a GPU that is a CUDA graph, launched at once.
+
+    A CUDA graph writes where it wrote before, so what it returns is copied. Raises BadInput where
+    this machine can't compile.
+    """
+    mode = "max-autotune" if device.startswith("cuda") else "default"
+    graph = torch.compile(function, dynamic=False, mode=mode)
+
+    def call(*args) -> Tensor:
+        torch.compiler.cudagraph_mark_step_begin()
+        try:
+            return graph(*args).clone()
+        except torch._dynamo.exc.TorchDynamoException as error:
+            said = " ".join(str(error).splitlines()[:2]).strip()
+            raise BadInput(f"--compile can't be used here, leave it out ({said})") from error
+
+    return call
 
 
 def batches(config: Config, shots: list[Shot]) -> list[list[Shot]]:

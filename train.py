@@ -70,8 +70,8 @@ class Config:
                             choices=("adamw", "muon"))
     lr: float = option(0.0, "learning rate of stage one; 0: what suits this base and guide")
     halving_lr: float = option(0.0, "learning rate of the halving stages; 0: what suits")
-    loss: str = option("eps", "halving: weigh ε error plainly or by truncated SNR",
-                       choices=("eps", "snr"))
+    loss: str = option("eps", "weigh the ε error plainly as the paper does, by truncated SNR, or "
+                              "by the root of that", choices=("eps", "root-snr", "snr"))
     pool: str = option("attention", "tiny: how text becomes a vector",
                        choices=("attention", "mean", "end"))
     form: str = option("sum", "tiny: Eq. 5's sum, or g times what time and text say",
@@ -101,6 +101,8 @@ LENGTHS = {
     ("sd", "tiny"): ("adamw", 1e-3, 20_000, 3e-4, 5_000),
     ("sd", "full"): ("adamw", 1e-4, 20_000, 3e-5, 5_000),
 }
+
+WEIGHTS = {"eps": None, "root-snr": ppdd.root_snr, "snr": ppdd.truncated_snr}
 
 
 def complete(config: Config, base: Base) -> Config:
@@ -415,13 +417,12 @@ class Run:
         if n < self.config.batch:
             parts.insert(0, self.noised(stage, self.config.batch - n, generator))
         z, t, c, g = (torch.cat(part) for part in zip(*parts))
-        unet, guide = self.base.unet, self.guide
+        unet, guide, weight = self.base.unet, self.guide, WEIGHTS[self.config.loss]
         if not stage.steps:
             empty = self.empty.expand(len(z), -1, -1)
-            result = ppdd.cfg_distillation(unet, guide, z, t, c, empty, g)
+            result = ppdd.cfg_distillation(unet, guide, z, t, c, empty, g, weight)
         else:
             after = following(2 * stage.steps).to(self.device)
-            weight = ppdd.truncated_snr if self.config.loss == "snr" else None
             result = ppdd.halving(unet, guide, self.teacher, z, t, after[t], after[after[t]], c, g,
                                   weight)
         if n:

@@ -63,14 +63,16 @@ class ResBlock(nn.Module):
         )
         self.skip_connection = nn.Identity() if c_in == c_out else nn.Conv2d(c_in, c_out, 1)
 
-    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
-        h = self.in_layers(x)                                                     # (B, C, H, W)
-        h = h + self.emb_layers(emb)[:, :, None, None]                            # + (B, C, 1, 1)
+    def shift(self, emb: Tensor) -> Tensor:
+        return self.emb_layers(emb)[:, :, None, None]                             # (B, C, 1, 1)
+
+    def forward(self, x: Tensor, shift: Tensor) -> Tensor:
+        h = self.in_layers(x) + shift                                             # (B, C, H, W)
         return self.skip_connection(x) + self.out_layers(h)
 
 
 class Attention(nn.Module):
-    """Multi-head attention of image positions to themselves or, given a context, to the prompt."""
+    """Multi-head attention of image positions to what was read: themselves or the prompt."""
 
     def __init__(self, dim: int, context_dim: int, heads: int):
         super().__init__()
@@ -80,11 +82,17 @@ class Attention(nn.Module):
         self.to_v = nn.Linear(context_dim, dim, bias=False)
         self.to_out = nn.Sequential(nn.Linear(dim, dim))
 
-    def forward(self, x: Tensor, context: Tensor) -> Tensor:
-        q, k, v = self.to_q(x), self.to_k(context), self.to_v(context)            # (B, N or L, C)
-        q, k, v = (u.unflatten(-1, (self.heads, -1)).transpose(1, 2) for u in (q, k, v))
-        h = F.scaled_dot_product_attention(q, k, v)                               # (B, A, N, C/A)
+    def read(self, context: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values of a context (B, L, D): two (B, A, L, C/A)."""
+        return self._split(self.to_k(context)), self._split(self.to_v(context))
+
+    def forward(self, x: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        q = self._split(self.to_q(x))
+        h = F.scaled_dot_product_attention(q, keys, values)                       # (B, A, N, C/A)
         return self.to_out(h.transpose(1, 2).flatten(2))                          # (B, N, C)
+
+    def _split(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)                  # (B, A, N, C/A)
 
 
 class GEGLU(nn.Module):
@@ -120,10 +128,10 @@ class TransformerBlock(nn.Module):
         self.ff = FeedForward(dim)
         self.norm1, self.norm2, self.norm3 = (nn.LayerNorm(dim) for _ in range(3))
 
-    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+    def forward(self, x: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         h = self.norm1(x)
-        x = x + self.attn1(h, h)
-        x = x + self.attn2(self.norm2(x), c)
+        x = x + self.attn1(h, *self.attn1.read(h))
+        x = x + self.attn2(self.norm2(x), keys, values)
         return x + self.ff(self.norm3(x))
 
 
@@ -138,11 +146,14 @@ class SpatialTransformer(nn.Module):
         self.transformer_blocks = nn.ModuleList([block])
         self.proj_out = _zero(nn.Conv2d(channels, channels, 1))
 
-    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+    def read(self, c: Tensor) -> list[tuple[Tensor, Tensor]]:
+        return [block.attn2.read(c) for block in self.transformer_blocks]
+
+    def forward(self, x: Tensor, read: list[tuple[Tensor, Tensor]]) -> Tensor:
         h = self.proj_in(self.norm(x))                                            # (B, C, H, W)
         h = h.flatten(2).transpose(1, 2)                                          # (B, N, C)
-        for block in self.transformer_blocks:
-            h = block(h, c)
+        for block, keys_values in zip(self.transformer_blocks, read):
+            h = block(h, *keys_values)
         h = h.transpose(1, 2).unflatten(2, x.shape[2:])                           # (B, C, H, W)
         return x + self.proj_out(h)
 
@@ -170,14 +181,17 @@ class Upsample(nn.Module):
 
 
 class Stage(nn.Sequential):
-    """Layers in a row, each given what it asks for beside the features: time, prompt or neither."""
+    """Layers in a row, each given what it asks for beside the features: time, prompt or neither.
 
-    def forward(self, h: Tensor, emb: Tensor, c: Tensor) -> Tensor:
+    Both are projected here, or looked up where `Encoder.prepare` has done that already.
+    """
+
+    def forward(self, h: Tensor, emb: Tensor | dict, c: Tensor | dict) -> Tensor:
         for layer in self:
             if isinstance(layer, ResBlock):
-                h = layer(h, emb)
+                h = layer(h, layer.shift(emb) if isinstance(emb, Tensor) else emb[layer])
             elif isinstance(layer, SpatialTransformer):
-                h = layer(h, c)
+                h = layer(h, layer.read(c) if isinstance(c, Tensor) else c[layer])
             else:
                 h = layer(h)
         return h
@@ -213,12 +227,25 @@ class Encoder(nn.Module):
         wave = torch.cat([angle.cos(), angle.sin()], dim=1)                       # (B, 2 * half)
         return self.time_embed(wave.to(self.time_embed[0].weight.dtype))          # (B, E)
 
-    def encode(self, z: Tensor, emb: Tensor, c: Tensor) -> tuple[list[Tensor], Tensor]:
+    def prepare(self, embs: Tensor, c: Tensor) -> tuple[list[dict], dict]:
+        """Embeddings (S, E) of S steps and prompt c (B, L, D), projected once for every layer.
+
+        Returns S dictionaries to be given in place of emb, one a step, and one in place of c; by
+        layer, they hold what it adds for the time, and its keys and values of the prompt.
+        """
+        shifts = {m: m.shift(embs).split(1) for m in self.modules() if isinstance(m, ResBlock)}
+        read = {m: m.read(c) for m in self.modules() if isinstance(m, SpatialTransformer)}
+        return [{m: shift[i] for m, shift in shifts.items()} for i in range(len(embs))], read
+
+    def encode(
+        self, z: Tensor, emb: Tensor | dict, c: Tensor | dict
+    ) -> tuple[list[Tensor], Tensor]:
         """Latent z (B, 4, H, W), embedding emb (B, E), prompt c (B, L, D) to skips and middle.
 
         The skips are the outputs of the input blocks, in order: channels and count are those of
         `injection_channels`, whose last entry is the middle's.  H and W must be multiples of
-        2 ** (levels - 1): 8 in Stable Diffusion, which is 64 pixels.
+        2 ** (levels - 1): 8 in Stable Diffusion, which is 64 pixels.  In place of emb and c this,
+        and `decode`, takes what `prepare` made of them.
         """
         h, skips = z, []
         for block in self.input_blocks:
@@ -249,7 +276,8 @@ class UNet(Encoder):
         )
 
     def decode(
-        self, skips: list[Tensor], h: Tensor, emb: Tensor, c: Tensor, y: list[Tensor] | None = None
+        self, skips: list[Tensor], h: Tensor, emb: Tensor | dict, c: Tensor | dict,
+        y: list[Tensor] | None = None,
     ) -> Tensor:
         """What `encode` returned, and a guide's features y, to the predicted noise (B, 4, H, W).
 
@@ -305,6 +333,12 @@ def _output_blocks(config: UNetConfig) -> Iterable[Stage]:
 def _res_and_attention(config: UNetConfig, level: int, c_in: int, c_out: int) -> list[nn.Module]:
     attention = [SpatialTransformer(config, c_out)] if config.attention[level] else []
     return [ResBlock(config, c_in, c_out), *attention]
+
+
+def normal(*shape: int, std: float = 1.0) -> Tensor:
+    """Normal random numbers; none on the meta device, where PyTorch imports SymPy to draw them."""
+    numbers = torch.empty(shape)
+    return numbers if numbers.is_meta else numbers.normal_(std=std)
 
 
 def _zero(layer: nn.Conv2d) -> nn.Conv2d:
@@ -366,8 +400,8 @@ def load_unet(
     _refuse_other_unets(tensors, config, path)
     with torch.device("meta"):  # no memory and no random numbers for weights about to be replaced
         unet = UNet(config).to(dtype)
-    load_strict(unet, rename(tensors, _renames(config)), path)
-    return unet.to(device).eval().requires_grad_(False)
+    load_strict(unet, rename(tensors, _renames(config)), path, device)
+    return unet.eval().requires_grad_(False)
 
 
 def read_checkpoint(path: str | Path, part: Part) -> tuple[dict[str, Tensor], str]:
@@ -412,16 +446,20 @@ def read_config(kind: type, stored: str, source: str | Path):
         ) from error
 
 
-def load_strict(module: nn.Module, tensors: Mapping[str, Tensor], source: str | Path) -> None:
+def load_strict(
+    module: nn.Module, tensors: Mapping[str, Tensor], source: str | Path,
+    device: torch.device | str | None = None,
+) -> None:
     """Gives every parameter of `module` its tensor, cast to the parameter's dtype.
 
-    A module on the meta device takes the tensors over without a copy, and only buffers outside its
-    state dict stay there; any other module is filled in place.  1x1 convolutions accept the weight
+    A module on the meta device takes the tensors over, one by one where they need another dtype or
+    `device` and else without a copy, and only buffers outside its state dict stay there; any other
+    module is filled in place.  1x1 convolutions accept the weight
     of a linear layer.  Raises CheckpointError, naming what is missing, unexpected or of another
     shape; `source` is what the message calls the checkpoint.
     """
     wanted = module.state_dict()
-    ready = {name: _fit(tensor, wanted.get(name)) for name, tensor in tensors.items()}
+    ready = {name: _fit(tensor, wanted.get(name), device) for name, tensor in tensors.items()}
     faults = {
         "missing": [n for n in wanted if n not in ready],
         "unexpected": [n for n in ready if n not in wanted],
@@ -556,13 +594,13 @@ def _refuse_other_unets(
             raise CheckpointError(f"{source} is {base}: pass a Stable Diffusion 1.5 checkpoint")
 
 
-def _fit(tensor: Tensor, like: Tensor | None) -> Tensor:
+def _fit(tensor: Tensor, like: Tensor | None, device: torch.device | str | None) -> Tensor:
     """The tensor in the dtype of `like`; a linear weight (O, I) for a 1x1 one as (O, I, 1, 1)."""
     if like is None:
         return tensor
     if tensor.ndim == 2 and like.shape == (*tensor.shape, 1, 1):
         tensor = tensor[:, :, None, None]
-    return tensor.to(like.dtype)
+    return tensor.to(device, like.dtype)
 
 
 def _count(what: str, names: list[str]) -> str:

@@ -206,8 +206,8 @@ def load_vae(
     config = config or read_config(VAEConfig, stored, path)
     with torch.device("meta"):  # no memory and no random numbers for weights about to be replaced
         vae = VAE(config).to(dtype)
-    load_strict(vae, rename(tensors, _renames(config)), path)
-    return vae.to(device).eval().requires_grad_(False)
+    load_strict(vae, rename(tensors, _renames(config)), path, device)
+    return vae.eval().requires_grad_(False)
 
 
 def _renames(config: VAEConfig) -> dict[str, str]:

@@ -1,19 +1,29 @@
 """The comparisons behind the guides' settings: `python mini/tune.py` writes results/tuning.json.
 
 Each row is one short run of train.py on the miniature with one setting changed, judged by the share
-of the correction that its last updates leave unexplained. Rows that are there already are kept.
+of the correction that its last updates leave unexplained. With --remedies the rows change what a
+guide is trained on or for, and are judged by their pictures too: how many have every attribute as
+asked, at two values of g. With --few the bundled guides for 8 steps are halved on, to 4 and 2, and
+set beside what CFG and they themselves do in as few. Rows that are there already are kept.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import platform
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import ppdd  # noqa: E402
+from mini.check import World, commit  # noqa: E402
+from mini.judge import load_judge  # noqa: E402
+
 STAGE_ONE = {"guide": "tiny", "end-steps": "64", "optimizer": "adamw"}
 FULL = STAGE_ONE | {"guide": "full"}
 ROWS = [
@@ -26,36 +36,91 @@ ROWS = [
 HALVING = [{"init": f"mini/guides/{kind}.safetensors", "guide": kind, "start-steps": "16",
             "loss": loss} for kind in ("tiny", "full") for loss in ("eps", "snr")]
 
+TINY = STAGE_ONE | {"lr": "5e-3"}
+REMEDIES = [TINY, *(TINY | {"loss": loss} for loss in ("root-snr", "snr")),
+            TINY | {"form": "product"}, TINY | {"form": "product", "loss": "root-snr"},
+            TINY | {"trajectories": "0.5"}, TINY | {"trajectories": "1"},
+            TINY | {"trajectories": "0.5", "loss": "root-snr"}, TINY | {"ema": "0.99"}]
 
-def unexplained(row: dict[str, str], updates: int, more: list[str]) -> float:
-    """The last log line of a run with these settings."""
-    with tempfile.TemporaryDirectory() as folder:
-        flags = [word for k, v in row.items() for word in ("--" + k, v)]
-        command = [sys.executable, ROOT / "train.py", "--weights", "mini", "--run", folder,
-                   "--out", folder, "--updates", str(updates), "--halving-updates",
-                   str(updates), "--grid-every", "0", *flags, *more]
-        subprocess.run(command, cwd=ROOT, check=True)
-        return json.loads((Path(folder) / "log.jsonl").read_text().splitlines()[-1])["unexplained"]
+
+def train(row: dict[str, str], updates: int, more: list[str], folder: str) -> float:
+    """Runs train.py with these settings; the share that its last updates leave unexplained."""
+    flags = [word for k, v in row.items() for word in ("--" + k, v)]
+    command = [sys.executable, ROOT / "train.py", "--weights", "mini", "--run", folder,
+               "--out", folder, "--updates", str(updates), "--halving-updates",
+               str(updates), "--grid-every", "0", *flags, *more]
+    subprocess.run(command, cwd=ROOT, check=True)
+    return json.loads((Path(folder) / "log.jsonl").read_text().splitlines()[-1])["unexplained"]
+
+
+def judged(path: Path | None, steps: int = 16, count: int = 384, seed: int = 5000) -> dict:
+    """Shares of pictures with all attributes right, at g = 2 and 8, of a guide's file or of CFG."""
+    base = ppdd.load_base(ppdd.MINI)
+    world = World(base, load_judge(ROOT / "mini" / "judge.safetensors"), count, seed)
+    guide = ppdd.load_guide(path, base.unet.config) if path else None
+    right = {f"g = {g:g}": world.sampled(f"g = {g:g}", g, steps, guide, cfg=not path)["right"]
+             for g in (2., 8.)}
+    return {"pictures": count, "seed": seed, "steps": steps, "right": right}
+
+
+def few(out: Path, updates: int, more: list[str]) -> None:
+    """From 8 steps to 4 and 2, longer halvings than those before; and the same steps without."""
+    done = json.loads(out.read_text()) if out.exists() else []
+    for steps in (4, 2):
+        if all(entry["settings"] != {"guide": "cfg", "steps": steps} for entry in done):
+            keep(out, {"settings": {"guide": "cfg", "steps": steps}, **judged(None, steps)})
+    for kind in ("tiny", "full"):
+        path = f"mini/guides/{kind}-8.safetensors"
+        row = {"guide": kind, "init": path, "start-steps": "8", "end-steps": "2"}
+        settings = row | {"updates": updates}
+        if any(entry["settings"].items() >= settings.items() for entry in done):
+            continue
+        with tempfile.TemporaryDirectory() as folder:
+            train(row, updates, more, folder)
+            for steps in (4, 2):
+                made = Path(folder) / "mini" / f"{kind}-{steps}.safetensors"
+                for name, file in (("made", made), ("init", ROOT / path)):
+                    keep(out, {"settings": settings | {"steps": steps, "sampled": name},
+                               **judged(file, steps)})
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--updates", type=int, default=300, help="of every run (%(default)s)")
     parser.add_argument("--halving", action="store_true", help="compare the halving's loss instead")
+    parser.add_argument("--remedies", action="store_true", help="compare what guides are trained on"
+                                                                " and for, by their pictures")
+    parser.add_argument("--few", action="store_true", help="halve bundled guides on, to 4 and 2")
     parser.add_argument("--out", default=str(ROOT / "results" / "tuning.json"))
     options, more = parser.parse_known_args()
     out = Path(options.out)
-    done = json.loads(out.read_text()) if out.exists() else []
-    for row in HALVING if options.halving else ROWS:
+    if options.few:
+        return few(out, options.updates, more)
+    rows = HALVING if options.halving else REMEDIES if options.remedies else ROWS
+    for row in rows:
         settings = row | {"updates": options.updates}
-        if all(entry["settings"] != settings for entry in done):
-            share = round(unexplained(row, options.updates, more), 4)
-            done.append({"settings": settings, "unexplained": share})
-            print(done[-1], flush=True)
-            out.parent.mkdir(exist_ok=True)
-            temporary = out.with_suffix(".tmp")
-            temporary.write_text(json.dumps(done, indent=1) + "\n")
-            temporary.replace(out)
+        done = json.loads(out.read_text()) if out.exists() else []
+        if all(not same(entry, settings, options.remedies) for entry in done):
+            with tempfile.TemporaryDirectory() as folder:
+                share = round(train(row, options.updates, more, folder), 4)
+                pictures = judged(Path(folder) / "mini" / "tiny.safetensors") \
+                    if options.remedies else {}
+            keep(out, {"settings": settings, "unexplained": share, **pictures})
+
+
+def same(entry: dict, settings: dict, with_pictures: bool) -> bool:
+    return entry["settings"] == settings and ("pictures" in entry) == with_pictures
+
+
+def keep(out: Path, row: dict) -> None:
+    """Adds a row to the file, which another process may have changed meanwhile."""
+    row |= {"commit": commit(), "hardware": platform.machine()}
+    print(row, flush=True)
+    done = json.loads(out.read_text()) if out.exists() else []
+    out.parent.mkdir(exist_ok=True)
+    temporary = out.with_suffix(".tmp")
+    temporary.write_text(json.dumps([*done, row], indent=1) + "\n")
+    temporary.replace(out)
 
 
 if __name__ == "__main__":

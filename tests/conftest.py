@@ -46,3 +46,16 @@ def write_single_file(
     metadata = {key: json.dumps(value) for key, value in (metadata or {}).items()}
     save_file(tensors | others, path, metadata)
     return path
+
+
+def channels_last_maps(module: nn.Module) -> list[bool]:
+    """Of each feature map that a layer returns from here on: does it keep its channels last?"""
+    said = []
+
+    def look(module: nn.Module, inputs: tuple, out: Tensor) -> None:
+        if out.ndim == 4:
+            said.append(out.is_contiguous(memory_format=torch.channels_last))
+
+    for m in module.modules():
+        m.register_forward_hook(look)
+    return said

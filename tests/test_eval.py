@@ -683,16 +683,22 @@ def test_the_cost_of_a_picture(table1):
     once, rows = table1["GMACs once a picture"], {r["network"]: r for r in table1["rows"]}
     unet, full, tiny = (rows[n]["GMACs with attention"] for n in
                         ("base UNet", "full guide", "tiny guide, as computed"))
-    ends = once["VAE decoder"] + once["text encoder"]
+    ends, hint = once["VAE decoder"] + once["text encoder"], once["hint encoder"]
+    # keys and values of the prompt, in attention layers of these widths, and what Θ_z2 makes of it
+    base, own = (2 * 77 * 768 * width / 1e9 for width in (5 * 320 + 5 * 640 + 6 * 1280,
+                                                          2 * 320 + 2 * 640 + 3 * 1280))
+    text = (2 * 16 * 77 * 768 + 768 * 640) / 1e9
+    # the time embedding and its projections to 20,160 channels: CFG's once a step, not twice
+    time = (320 * 1280 + 1280 * 1280 + 1280 * 20_160) / 1e9
     for steps in (8, 16, 50):
         cost = {method: table1["GMACs a picture"][method][str(steps)] for method in
                 ("cfg", "full", "tiny")}
-        # the time embedding is CFG's once a step, not twice
-        twice = once["text encoder"] + 2 * steps * unet
-        assert cost["cfg"] == pytest.approx(ends + twice, rel=1e-5)
-        assert cost["tiny"] == pytest.approx(ends + steps * (unet + tiny), rel=1e-9)
-        hint = once["hint encoder"]
-        assert cost["full"] == pytest.approx(ends + hint + steps * (unet + full - hint), rel=1e-9)
+        less, step = (steps - 1) * base, steps * (unet + tiny)
+        twice = once["text encoder"] + 2 * (steps * unet - less) - steps * time
+        assert cost["cfg"] == pytest.approx(ends + twice, rel=1e-9)
+        assert cost["tiny"] == pytest.approx(ends + step - less - (steps - 1) * text, rel=1e-9)
+        step, less = hint + steps * (unet + full - hint), less + (steps - 1) * own
+        assert cost["full"] == pytest.approx(ends + step - less, rel=1e-9)
 
 
 @pytest.mark.parametrize("method", ["cfg", "full", "tiny"])

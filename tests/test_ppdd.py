@@ -2,9 +2,10 @@
 
 import copy
 import hashlib
+import re
 import subprocess
 import sys
-from collections import defaultdict
+from collections import Counter, defaultdict
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -18,10 +19,15 @@ from diffusers.loaders.single_file_utils import convert_controlnet_checkpoint
 from diffusers.utils.torch_utils import randn_tensor
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch._dynamo.testing import CompileCounter
+from torch.nn.modules.module import register_module_forward_hook
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import ppdd
 from ppdd import FullGuide, GuideConfig, TinyGuide, build_guide
 from unet import CheckpointError, UNet, UNetConfig, injection_channels
+from vae import VAE, VAEConfig
 
 SD15 = UNetConfig()
 SMALL = UNetConfig(model_channels=16, channel_mult=(1, 2), num_res_blocks=1, attention=(True, True),
@@ -442,6 +448,16 @@ def test_truncated_snr_weighs_the_error_in_x():
     in_eps = ppdd.truncated_snr(t) * (e - e_hat).square().mean((1, 2, 3))
     assert ppdd.truncated_snr(t).shape == (4,)
     assert torch.allclose(in_eps, in_x, rtol=1e-5)
+    assert torch.allclose(ppdd.root_snr(t) ** 2, ppdd.truncated_snr(t))
+
+
+@pytest.mark.parametrize("weight", [ppdd.truncated_snr, ppdd.root_snr])
+def test_a_weight_weighs_each_sample_of_the_distillation_loss(unet, batch, weight):
+    guide, (_, t, *_) = trained(GuideConfig()), batch
+    plain = ppdd.cfg_distillation(unet, guide, *batch)
+    weighed = ppdd.cfg_distillation(unet, guide, *batch, weight)
+    assert weighed.loss.item() == pytest.approx((weight(t) * plain.error).mean().item(), rel=1e-5)
+    assert (weight(t) > 1).any() and weighed.unexplained == plain.unexplained
 
 
 # ------------------------------------------------------------------------------- sampling
@@ -476,6 +492,24 @@ def test_one_pass_a_step_and_one_of_twice_the_batch_for_cfg(
         assert len(calls["decode"]) == len(calls["progress"]) == passes
 
 
+@pytest.mark.parametrize("steps", [1, 4])
+def test_what_no_step_changes_is_computed_once(unet, batch, monkeypatch, steps):
+    """Projections of the time, of the prompt, and all a tiny guide has, in base and full guide."""
+    once = re.compile(r"emb_layers|time_embed|attn2\.to_[kv]|theta|hint")
+    texts = spy(monkeypatch, TinyGuide, "read_text")
+    for options in ways(batch):
+        names = {m: name for net in (unet, options.get("guide", unet))
+                 for name, m in net.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)
+                 and name != "theta_z2"}                            # read_text, counted above
+        ran = Counter()
+        hook = register_module_forward_hook(lambda m, *_, ran=ran: ran.update([m]))
+        ppdd.sample(unet, batch[0], batch[2], 5.0, steps, **options)
+        hook.remove()
+        assert {ran[m] for m, name in names.items() if once.search(name)} == {1}
+        assert {ran[m] for m, name in names.items() if not once.search(name)} == {steps}
+    assert len(texts["read_text"]) == 1
+
+
 @torch.no_grad()
 def test_sampling_is_the_equations_in_a_loop(unet, batch):
     """Eq. 3 or Eq. 4 at every step of Eq. 2, each with whole passes."""
@@ -496,10 +530,11 @@ def test_sampling_is_the_equations_in_a_loop(unet, batch):
 def test_features_of_a_run_are_those_of_its_steps(unet, batch, config):
     z, _, c, _, g = batch
     guide, times = trained(config), torch.tensor(ppdd.step_grid(4)[:-1])
-    run = ppdd.guide_features(guide, g, unet.embed_time(times), times, c, z)
+    cues = guide.cues(g, unet.embed_time(times), times, c, z)
     for i, t in enumerate(times):
         z = noise(*z.shape, seed=10 + i)
-        for once, step in zip(run(z, i), features(unet, guide, z, t.expand(3), c, g), strict=True):
+        expected = features(unet, guide, z, t.expand(3), c, g)
+        for once, step in zip(guide.features(cues[i], z), expected, strict=True):
             assert disagreement(once, step) < 1e-4
 
 
@@ -522,18 +557,50 @@ def test_sampling_without_guidance(unet, batch):
         assert torch.equal(ppdd.sample(unet, z, c, 5.0, 4, fresh(unet, config)), plain)
 
 
-def test_sampling_in_half_precision_and_on_the_meta_device(unet, batch):
+@pytest.mark.parametrize("sampler", ["ddim", "plms"])
+def test_sampling_in_half_precision_and_on_the_meta_device(unet, batch, monkeypatch, sampler):
+    """The steps run on one device: on meta nothing can be read back, and nothing is sent there."""
     z, _, c, _, _ = batch
     half, meta = copy.deepcopy(unet).bfloat16(), copy.deepcopy(unet).to("meta")
+    steps = ppdd.SAMPLERS[sampler]
+
+    def watched(*args):
+        with OneDevice():
+            return steps(*args)
+
+    monkeypatch.setitem(ppdd.SAMPLERS, sampler, watched)
     for options in ways(batch):
         def to(*where, options=options):
             return {k: copy.deepcopy(v).to(*where) for k, v in options.items()}
 
-        exact = ppdd.sample(unet, z, c, 5.0, 4, **options)
-        rough = ppdd.sample(half, z, c.bfloat16(), 5.0, 4, **to(torch.bfloat16))
+        exact = ppdd.sample(unet, z, c, 5.0, 2, sampler=sampler, **options)
+        rough = ppdd.sample(half, z, c.bfloat16(), 5.0, 2, sampler=sampler, **to(torch.bfloat16))
         assert rough.dtype == torch.float32 and disagreement(rough, exact) < 0.1
-        shape = ppdd.sample(meta, z.to("meta"), c.to("meta"), 5.0, 4, **to("meta"))
+        shape = ppdd.sample(meta, z.to("meta"), c.to("meta"), 5.0, 4, sampler=sampler, **to("meta"))
         assert shape.is_meta and shape.shape == z.shape and shape.dtype == torch.float32
+
+
+class OneDevice(TorchDispatchMode):
+    """Fails where a tensor comes from a list or another device: the host may have to wait."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        tensors = [x for x in tree_leaves((args, kwargs, out)) if isinstance(x, torch.Tensor)]
+        assert len({x.device for x in tensors}) < 2 and "lift_fresh" not in str(func), func
+        return out
+
+
+@pytest.mark.parametrize("way", [1, 2, 3], ids=["cfg", "tiny", "full"])
+def test_a_step_is_compiled_once_for_any_g_prompt_and_seed(unet, batch, way):
+    """As one graph, a way to sample; the backend needs no compiler on the machine."""
+    noisy, _, prompts, _, _ = batch
+    options, counter = ways(batch)[way], CompileCounter()
+    compiled = torch.compile(ppdd.predict, fullgraph=True, dynamic=False, backend=counter)
+    for g, z, c in ((2.0, noisy, prompts), (8.5, noisy, prompts.flip(1)), (8.5, -noisy, prompts)):
+        exact = ppdd.sample(unet, z, c, g, 2, **options)
+        quick = ppdd.sample(unet, z, c, g, 2, **options, predict=compiled)
+        assert disagreement(quick, exact) < 1e-4
+    assert counter.frame_count == 1
 
 
 def test_noise_is_diffusers_and_one_seeds_own():
@@ -561,6 +628,22 @@ def test_a_picture_that_overflows_is_decoded_again():
     pictures = ppdd.Base(None, vae, None, None, Path()).decode(z)
     assert pictures.dtype == torch.uint8 and vae.weight.dtype == torch.float16
     assert torch.equal(pictures, ((z[:, :3] + 1) * 127.5).round().byte())
+
+
+def test_pictures_decoded_together_are_those_decoded_alone():
+    """As many as one of 512 × 512 at a time; alone, a convolution may round differently."""
+    sizes = VAEConfig(ch=16, ch_mult=(1, 2, 2, 2), num_res_blocks=1, norm_groups=8)
+    vae, parts = randomised(lambda: VAE(sizes)), []
+    base, decode = ppdd.Base(None, vae, None, None, Path()), vae.decode
+    vae.decode = lambda z: parts.append(len(z)) or decode(z)
+    for side, many in ((8, [64, 2]), (16, [16, 3]), (64, [1, 1]), (72, [1])):
+        z = noise(sum(many), 4, side, side)
+        parts.clear()
+        together = base.decode(z)
+        assert parts == many and together.dtype == torch.uint8
+        alone = torch.cat([base.decode(latent) for latent in z[-4:].split(1)])
+        off = (alone.int() - together[-4:].int()).abs()
+        assert off.max() <= 1 and off.float().mean() < 1e-3
 
 
 def test_fingerprint_is_of_the_bytes(tmp_path):

@@ -15,6 +15,8 @@ from conftest import randomised, write_single_file
 from PIL import Image
 from safetensors.torch import save_file
 from test_clip_text import reference_tokenizer  # noqa: F401 (a fixture)
+from torch._dynamo.testing import CompileCounter
+from torch._inductor.exc import InvalidCxxCompiler
 
 import ppdd
 import sample
@@ -155,6 +157,39 @@ def test_half_precision_is_near(here, dtype, guide):
     a, = command(f"--steps 2 --guide {guide} --prompt tree")
     b = command(f"--steps 2 --guide {guide} --prompt tree --dtype {dtype}")[1]
     assert 0 < abs(pixels(a) - pixels(b)).mean() < 16
+
+
+@pytest.fixture
+def backend(monkeypatch) -> CompileCounter:
+    """Stands in for PyTorch's compiler, which needs a C++ one; counts the graphs it is given."""
+    counter, real = CompileCounter(), torch.compile
+    monkeypatch.setattr(torch, "compile", lambda function, *, dynamic, mode: real(
+        function, fullgraph=True, dynamic=dynamic, backend=counter))
+    sample.predictor.cache_clear()
+    yield counter
+    sample.predictor.cache_clear()
+
+
+@pytest.mark.parametrize("guide", ["tiny", "cfg"])
+def test_step_and_decoder_are_compiled_once_for_any_prompt_and_seed(here, backend, guide):
+    line = f"--size 32 --steps 2 --guide {guide} --batch 1 --prompt tree boat"
+    plain = command(line)
+    quick = command(line + " --compile")[2:]
+    assert len(quick) == 2 and max(map(difference, plain, quick)) <= 1
+    assert backend.frame_count == 2
+
+
+def test_where_nothing_can_be_compiled_a_sentence_says_so(here, backend, monkeypatch, capsys):
+    def fail(*_):
+        raise InvalidCxxCompiler
+
+    monkeypatch.setattr(CompileCounter, "__call__", fail)
+    line = "--size 32 --steps 1 --guide none --prompt tree --compile"
+    with pytest.raises(SystemExit) as exit:
+        command(line)
+    *_, said = capsys.readouterr().err.splitlines()
+    assert exit.value.code == 2 and said.startswith("sample.py: --compile can't be used here")
+    assert "C++ compiler" in said and not list(Path("out").iterdir())
 
 
 def test_nothing_is_lost_on_a_second_run(here):
@@ -390,6 +425,15 @@ def test_importing_does_nothing(here):
     done = subprocess.run([sys.executable, "-c", code], text=True, capture_output=True,
                           env=os.environ | {"PYTHONPATH": str(ROOT)})
     assert (done.stdout, done.stderr) == ("set()\n", "")
+
+
+def test_starting_imports_nothing_big_but_torch(here):
+    """PyTorch loads 900 modules more, SymPy's and Dynamo's, where one can easily do without."""
+    code = "import sys, sample; sample.main(); print({'sympy', 'torch._dynamo'} & {*sys.modules})"
+    line = ["--weights", ppdd.MINI, "--guide", "guides/toy/tiny-8.safetensors", "--device", "cpu"]
+    done = subprocess.run([sys.executable, "-c", code, *line], text=True, capture_output=True,
+                          env=os.environ | {"PYTHONPATH": str(ROOT)}, check=True)
+    assert done.stdout.endswith("\nset()\n")
 
 
 # ----------------------------------------------------------------------- diffusers' own pipeline

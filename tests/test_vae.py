@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 import torch
-from conftest import disagreement, noise, randomised, write_single_file
+from conftest import channels_last_maps, disagreement, noise, randomised, write_single_file
 from diffusers import AutoencoderKL
 from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
 from safetensors.torch import load_file, save_file
@@ -167,6 +167,13 @@ def test_half_precision(mini, tmp_path, dtype):
     half, z = load_vae(file, dtype), noise(1, 4, 8, 8)
     out = half.decode(z.to(dtype))
     assert out.dtype == dtype and disagreement(out, mini.decode(z)) < 0.05
+
+
+def test_channels_last_from_the_latent_to_the_picture():
+    last = randomised(lambda: VAE(MINI)).to(memory_format=torch.channels_last)
+    maps = channels_last_maps(last)
+    last.decode(noise(1, 4, 8, 8))
+    assert len(maps) > 20 and all(maps)
 
 
 def test_channels_last_and_compile(mini):
