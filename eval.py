@@ -1933,7 +1933,7 @@ def draw_curves(axes, rows: list[dict], score: str, g: str) -> None:
 
 SPEED_G = 8.0
 PEER = "diffusers: "            # before the name of what it does as well
-COMPILE = {"cuda": {"mode": "max-autotune-no-cudagraphs"}}
+COMPILE = {"cuda": {"mode": "max-autotune"}}        # which makes CUDA graphs, as sample.py does
 AGREE = {"fp32": 1e-3, "bf16": 5e-2, "fp16": 5e-2}   # largest difference, of the largest value
 
 
@@ -1984,15 +1984,14 @@ def speed(config: SpeedConfig) -> None:
     pipe = build_peer(base) if config.peer else None
     checked = check_peer(config, base, pipe) if pipe else {}
     limit, rows, left_out = machine_rates(config), [], []
-    if config.compile:
-        compile_networks(base, guides, pipe)
+    step = compile_networks(base, pipe) if config.compile else ppdd.predict
     for side in config.side:
         nets = build_networks(config.size)._replace(side=side)
         macs = speed_macs(nets, config.steps)
         for batch in config.batch:
             if config.compile:
                 torch.compiler.reset()           # other shapes are compiled anew
-            task = Task(config, base, guides, pipe, side, batch)
+            task = Task(config, base, guides, pipe, side, batch, step)
             first = side == config.side[0]
             races = [(task.parts, first)]        # and whether a first round warms up on a CPU, too
             if config.device != "cpu" or config.size == "mini" or first:
@@ -2028,22 +2027,37 @@ def random_base(config: SpeedConfig) -> tuple[Base, dict[str, nn.Module]]:
     return Base(unet, vae, text, Tokenizer(), Path("random")), {"full": full, "tiny": tiny}
 
 
-def compile_networks(base: Base, guides: dict[str, nn.Module], pipe) -> None:
-    """torch.compile of every network that a step or a picture runs, ours and the peer's."""
+def compile_networks(base: Base, pipe) -> Callable[..., Tensor]:
+    """Compiles the base as sample.py and train.py do, and the peer as its manual says.
+
+    Returns `ppdd.predict` as one graph.
+    """
     options = {"dynamic": False} | COMPILE.get(next(base.unet.parameters()).device.type, {})
-    theirs = (pipe.unet, pipe.vae.decoder, pipe.text_encoder) if pipe else ()
-    for module in (base.unet, base.text, *guides.values(), *theirs):
+
+    def graph(call: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        compiled = torch.compile(call, **options)
+
+        def copied(*given) -> Tensor:            # a CUDA graph writes where it wrote before
+            torch.compiler.cudagraph_mark_step_begin()
+            return compiled(*given).clone()
+        return copied
+
+    for module in (pipe.unet, pipe.vae.decoder) if pipe else ():
         module.compile(**options)
-    for module, name in ((base.unet, "encode"), (base.unet, "decode"), (base.vae, "decode")):
-        setattr(module, name, torch.compile(getattr(module, name), **options))
+    step, unet = graph(ppdd.predict), base.unet
+    unet.forward, base.vae.decode = graph(unet.forward), graph(base.vae.decode)
+    for name in ("encode", "decode"):            # for the updates
+        setattr(unet, name, torch.compile(getattr(unet, name), dynamic=False))
+    return step
 
 
 class Task:
     """The work at one side of the latents and one batch: calls, by name, that one race times."""
 
     def __init__(self, config: SpeedConfig, base: Base, guides: dict[str, nn.Module], pipe,
-                 side: int, batch: int):
+                 side: int, batch: int, step: Callable[..., Tensor] = ppdd.predict):
         self.config, self.base, self.guides, self.pipe = config, base, guides, pipe
+        self.step = step                         # ppdd.predict, or that compiled
         self.prompts = ["a lighthouse on a cliff at sunset, oil painting"] * batch
         shape = (base.unet.config.in_channels, side, side)
         self.z = ppdd.noise(range(batch), shape).to(config.device)                 # (B, Z, H, W)
@@ -2054,7 +2068,8 @@ class Task:
 
     def sample(self, method: str, steps: int, c: Tensor, empty: Tensor) -> Tensor:
         guide, empty = self.guides.get(method), empty if method == "CFG" else None
-        return ppdd.sample(self.base.unet, self.z, c, SPEED_G, steps, guide, empty)
+        return ppdd.sample(self.base.unet, self.z, c, SPEED_G, steps, guide, empty,
+                           predict=self.step)
 
     def parts(self) -> dict[str, Callable]:
         """One of each; of steps a whole run, as what is computed before them is theirs."""
