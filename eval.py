@@ -8,6 +8,7 @@
     match                       how much of the CFG correction a guide explains, by g and by t
     fig5 fig6 fig7 fig8         the paper's figures
     quality                     Table 2 as a chart: quality over measured time
+    speed                       what steps, pictures and updates take; see speed --help
 
 Each writes its result, with its protocol, to a JSON or PNG file. The distance is FID where
 pytorch-fid's Inception weights are found; else it is the same distance between features of a CLIP
@@ -20,6 +21,7 @@ Shapes: B pictures, H and W their sides, d features of one, L tokens.
 from __future__ import annotations
 
 import argparse
+import copy
 import csv
 import hashlib
 import io
@@ -41,9 +43,9 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
-from functools import cached_property
-from importlib.metadata import PackageNotFoundError, version
-from itertools import groupby
+from functools import cached_property, partial
+from importlib.metadata import distributions
+from itertools import groupby, pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -59,7 +61,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 import ppdd
-from clip_text import TextConfig, TextEncoder
+from clip_text import TextConfig, TextEncoder, Tokenizer
 from mini import postcards
 from mini.judge import load_judge
 from ppdd import Base
@@ -69,6 +71,13 @@ from vae import VAE, VAEConfig
 
 class BadInput(ValueError):
     """Something the person gave can't be used; the message is all they need to see."""
+
+
+def refuse(*faults: tuple[object, str]) -> None:
+    """Raises BadInput with the first sentence whose condition holds."""
+    for wrong, sentence in faults:
+        if wrong:
+            raise BadInput(sentence)
 
 
 def option(default, text: str, **more):
@@ -84,7 +93,8 @@ class Config:
     paths: tuple[str, ...] = option((), "fid: two folders or .npz files; clip: a folder")
     weights: str = option("", "Stable Diffusion 1.5; default: looked for, else the miniature")
     clip: str = option("", "an open_clip model, MODEL:TAG or MODEL:FILE, or mini; default: mini "
-                           "for the miniature's pictures, else ViT-g-14:laion2b_s34b_b88k")
+                           "for the miniature's pictures, else ViT-g-14:laion2b_s34b_b88k; "
+                           "OpenAI's weights in a file not named so: MODEL-quickgelu:FILE")
     inception: str = option("", "pytorch-fid's weight file; default: looked for in torch's cache")
     prompts: str = option("", "prompts: a text, one a line, COCO's captions .json, a .tsv or .csv")
     real: str = option("", "reference pictures, a folder or .npz")
@@ -106,7 +116,7 @@ class Config:
     references: int = option(0, "real postcards to compare with; 0: 2000")
     repeats: int = option(0, "tables: rounds of timing; 0: 3")
     quick: bool = option(False, "few pictures, two g, two seeds; in a result file of its own")
-    save: str = option("", "fid: write the first folder's statistics to this .npz")
+    save: str = option("", "fid: write the first folder's statistics to this file, an .npz")
     out: str = option("", "the file; default: results/COMMAND.json, a figure's docs/COMMAND.png")
 
 
@@ -149,7 +159,7 @@ class Statistics:
 
     def save(self, path: str | Path) -> None:
         """An .npz with mu and sigma, as pytorch-fid writes and reads it, and with n and of."""
-        with written(Path(path)) as temporary, temporary.open("wb") as file:
+        with ppdd.written(path) as temporary, temporary.open("wb") as file:
             np.savez(file, mu=self.mean, sigma=self.covariance, n=self.n, of=self.of)
 
     @classmethod
@@ -167,9 +177,9 @@ class Statistics:
             raise BadInput(f"{path} is no .npz with mu and sigma ({error}): pass one, or a folder "
                            "of pictures") from None
         fits = mu.ndim == 1 and sigma.shape == 2 * mu.shape and mu.size > 0
-        if not (fits and np.isfinite(mu).all() and np.isfinite(sigma).all()):
-            raise BadInput(f"{path}: mu {mu.shape} and sigma {sigma.shape} are no finite mean and "
-                           "covariance; compute them again")
+        refuse((not (fits and np.isfinite(mu).all() and np.isfinite(sigma).all()),
+                f"{path}: mu {mu.shape} and sigma {sigma.shape} are no finite mean and "
+                "covariance; compute them again"))
         self = cls(of)
         self.n, self.mean, self._scatter = n, mu, sigma * max(n - 1, 1)
         return self
@@ -201,117 +211,34 @@ INCEPTION = "pt_inception-2015-12-05-6726825d.pth"
 INCEPTION_SHA = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
 
 
-class Unit(nn.Module):
-    """Convolution, batch norm, ReLU; `same` keeps the sides."""
-
-    def __init__(self, c_in: int, c_out: int, kernel: int | tuple[int, int], stride: int = 1,
-                 same: bool = True):
-        super().__init__()
-        kernel = (kernel, kernel) if isinstance(kernel, int) else kernel
-        padding = [k // 2 if same and stride == 1 else 0 for k in kernel]
-        self.conv = nn.Conv2d(c_in, c_out, kernel, stride, padding, bias=False)
-        self.bn = nn.BatchNorm2d(c_out, eps=1e-3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.relu(self.bn(self.conv(x)))
-
-
-class Mixed(nn.Module):
-    """Branches side by side, joined over the channels, the pooled one last.
-
-    A branch is a row of (name, channels, kernel[, stride]); a list in it is a fork whose outputs
-    are joined too. The pooled branch ends in a 1×1 unit of `pooled` channels where that is not 0.
-    """
-
-    def __init__(self, c_in: int, pool: nn.Module, pooled: int, *branches: tuple):
-        super().__init__()
-        self.pool, self.paths = pool, []
-        for branch in branches:
-            channels, path = c_in, []
-            for step in branch:
-                fork = step if isinstance(step, list) else [step]
-                for name, *sizes in fork:
-                    setattr(self, name, Unit(channels, *sizes))
-                path.append([name for name, *_ in fork])
-                channels = fork[0][1]
-            self.paths.append(path)
-        self.branch_pool = Unit(c_in, pooled, 1) if pooled else nn.Identity()
-
-    def forward(self, x: Tensor) -> Tensor:
-        outputs = []
-        for path in self.paths:
-            h = x
-            for names in path:
-                h = torch.cat([getattr(self, name)(h) for name in names], dim=1)
-            outputs.append(h)
-        return torch.cat([*outputs, self.branch_pool(self.pool(x))], dim=1)
-
-
-def _average() -> nn.Module:
-    return nn.AvgPool2d(3, stride=1, padding=1, count_include_pad=False)
-
-
-def _mixed_5(c_in: int, pooled: int) -> Mixed:
-    return Mixed(c_in, _average(), pooled, (("branch1x1", 64, 1),),
-                 (("branch5x5_1", 48, 1), ("branch5x5_2", 64, 5)),
-                 (("branch3x3dbl_1", 64, 1), ("branch3x3dbl_2", 96, 3), ("branch3x3dbl_3", 96, 3)))
-
-
-def _mixed_6(c_in: int, c: int) -> Mixed:
-    return Mixed(c_in, _average(), 192, (("branch1x1", 192, 1),),
-                 (("branch7x7_1", c, 1), ("branch7x7_2", c, (1, 7)), ("branch7x7_3", 192, (7, 1))),
-                 (("branch7x7dbl_1", c, 1), ("branch7x7dbl_2", c, (7, 1)),
-                  ("branch7x7dbl_3", c, (1, 7)), ("branch7x7dbl_4", c, (7, 1)),
-                  ("branch7x7dbl_5", 192, (1, 7))))
-
-
-def _mixed_7(c_in: int, pool: nn.Module) -> Mixed:
-    return Mixed(c_in, pool, 192, (("branch1x1", 320, 1),),
-                 (("branch3x3_1", 384, 1),
-                  [("branch3x3_2a", 384, (1, 3)), ("branch3x3_2b", 384, (3, 1))]),
-                 (("branch3x3dbl_1", 448, 1), ("branch3x3dbl_2", 384, 3),
-                  [("branch3x3dbl_3a", 384, (1, 3)), ("branch3x3dbl_3b", 384, (3, 1))]))
-
-
 class Inception(nn.Module):
-    """The Inception v3 of FID, from 2015, without its classifier; names are the weight file's keys.
+    """The Inception v3 of FID, from 2015: torchvision's, which comes with open_clip, but for pools.
 
-    It is not torchvision's: averages leave padding out, and the last block pools by maximum.
+    Its averages leave padding out, and the last block pools by maximum. There is no classifier.
     """
 
     def __init__(self):
         super().__init__()
+        from torchvision.models import Inception3
+        self.net = Inception3(aux_logits=False, init_weights=False)     # names: the file's keys
+        self.net.fc = nn.Identity()
+        average = partial(F.avg_pool2d, kernel_size=3, stride=1, padding=1, count_include_pad=False)
+        for name in ("5b", "5c", "5d", "6b", "6c", "6d", "6e", "7b"):
+            self._pool(f"Mixed_{name}", average)
+        self._pool("Mixed_7c", partial(F.max_pool2d, kernel_size=3, stride=1, padding=1))
         self.protocol = {"network": "Inception v3 (2015-12-05), 2048 features of the last pooling",
                          "resize": "299 x 299, bilinear, align_corners=False, no antialias"}
-        self.Conv2d_1a_3x3 = Unit(3, 32, 3, stride=2)
-        self.Conv2d_2a_3x3 = Unit(32, 32, 3, same=False)
-        self.Conv2d_2b_3x3 = Unit(32, 64, 3)
-        self.Conv2d_3b_1x1 = Unit(64, 80, 1)
-        self.Conv2d_4a_3x3 = Unit(80, 192, 3, same=False)
-        self.Mixed_5b, self.Mixed_5c = _mixed_5(192, 32), _mixed_5(256, 64)
-        self.Mixed_5d = _mixed_5(288, 64)
-        self.Mixed_6a = Mixed(288, nn.MaxPool2d(3, 2), 0, (("branch3x3", 384, 3, 2),),
-                              (("branch3x3dbl_1", 64, 1), ("branch3x3dbl_2", 96, 3),
-                               ("branch3x3dbl_3", 96, 3, 2)))
-        self.Mixed_6b, self.Mixed_6c = _mixed_6(768, 128), _mixed_6(768, 160)
-        self.Mixed_6d, self.Mixed_6e = _mixed_6(768, 160), _mixed_6(768, 192)
-        self.Mixed_7a = Mixed(768, nn.MaxPool2d(3, 2), 0,
-                              (("branch3x3_1", 192, 1), ("branch3x3_2", 320, 3, 2)),
-                              (("branch7x7x3_1", 192, 1), ("branch7x7x3_2", 192, (1, 7)),
-                               ("branch7x7x3_3", 192, (7, 1)), ("branch7x7x3_4", 192, 3, 2)))
-        self.Mixed_7b = _mixed_7(1280, _average())
-        self.Mixed_7c = _mixed_7(2048, nn.MaxPool2d(3, stride=1, padding=1))
+
+    def _pool(self, name: str, pool: Callable[[Tensor], Tensor]) -> None:
+        """Gives the last of a block's branches another pool."""
+        block = getattr(self.net, name)
+        branches = block._forward
+        block._forward = lambda x: [*branches(x)[:-1], block.branch_pool(pool(x))]
 
     def forward(self, pictures: Tensor) -> Tensor:
         """Pictures (B, 3, H, W) uint8 to features (B, 2048)."""
         x = F.interpolate(pictures.float() / 255, (299, 299), mode="bilinear", align_corners=False)
-        x = self.Conv2d_2b_3x3(self.Conv2d_2a_3x3(self.Conv2d_1a_3x3(2 * x - 1)))
-        x = self.Conv2d_4a_3x3(self.Conv2d_3b_1x1(F.max_pool2d(x, 3, 2)))      # (B, 192, 71, 71)
-        x = F.max_pool2d(x, 3, 2)                                              # (B, 192, 35, 35)
-        for name, block in self.named_children():
-            if name.startswith("Mixed"):
-                x = block(x)
-        return x.mean((2, 3))                                                  # (B, 2048)
+        return self.net(2 * x - 1)
 
 
 def find_inception(given: str = "") -> Path | None:
@@ -331,7 +258,7 @@ def load_inception(path: str | Path, device: str | torch.device = "cpu") -> Ince
         raise BadInput(f"{path} {found}: pass {INCEPTION} from pytorch-fid's releases")
     state = torch.load(path, map_location="cpu", weights_only=True)
     network = Inception()
-    network.load_state_dict({k: v for k, v in state.items() if not k.startswith("fc.")})
+    network.net.load_state_dict({k: v for k, v in state.items() if not k.startswith("fc.")})
     network.protocol = {**network.protocol, "sha256": digest}
     return network.to(device).eval().requires_grad_(False)
 
@@ -414,7 +341,8 @@ def _load_open_clip(open_clip, spec: str) -> Clip:
         raise BadInput(f"--clip {spec}: there is no such file, nor such a tag of {name} ({tags})")
     try:
         file = Path(open_clip.download_pretrained(known)) if known else file
-        # OpenAI's models were trained with the quick GELU, which a file of weights can't say
+        # a file of weights can't say that it wants the quick GELU: OpenAI's do, known here by
+        # their name, and of others MODEL-quickgelu says so; which one was used is in the result
         quick = known.get("quick_gelu", False) or "openai" in Path(weights).name.lower()
         model, _, preprocess = open_clip.create_model_and_transforms(
             name, pretrained=weights if known else str(file), force_quick_gelu=quick,
@@ -424,7 +352,10 @@ def _load_open_clip(open_clip, spec: str) -> Clip:
         reason = textwrap.shorten(str(error), 140, placeholder=" …")
         raise BadInput(f"--clip {spec} can't be loaded ({reason}): pass weights you have as "
                        f"--clip {name}:FILE, .safetensors or a plain state dict") from None
-    return Clip(spec, model, preprocess, tokenizer, ppdd.fingerprint(file))
+    clip = Clip(spec, model, preprocess, tokenizer, ppdd.fingerprint(file))
+    kinds = {type(m).__name__ for m in model.modules()} & {"GELU", "QuickGELU"}
+    clip.protocol["activation"] = " and ".join(sorted(kinds))
+    return clip
 
 
 @contextmanager
@@ -556,8 +487,8 @@ def read_prompts(path: str | Path, count: int = 0, seed: int = 0) -> list[str]:
     """The prompts of a file, or `count` of them drawn by seed, in the file's order.
 
     A text has one a line; COCO's captions .json give one caption an image, chosen by seed, in the
-    order of image ids; a .tsv or .csv has a column `caption`, `text` or `prompt`, or only one whose
-    cells hold several words. Blank ones are passed over. Raises BadInput.
+    order of image ids; the first line of a .tsv or .csv names a column `caption`, `text` or
+    `prompt`. Blank ones are passed over. Raises BadInput.
     """
     path = Path(path).expanduser()
     readers = {".json": _coco_captions, ".csv": _captions_in_table, ".tsv": _captions_in_table}
@@ -593,28 +524,15 @@ def _coco_captions(path: Path, text: str, rng: random.Random) -> list[str]:
 
 
 def _captions_in_table(path: Path, text: str, rng: random.Random) -> list[str]:
-    dialect = csv.excel_tab if path.suffix.lower() == ".tsv" else csv.excel
+    table = csv.DictReader(io.StringIO(text), delimiter="\t" if path.suffix[1] in "tT" else ",")
     try:
-        rows = [row for row in csv.reader(io.StringIO(text), dialect) if any(row)]
+        names = {name.strip().lower(): name for name in table.fieldnames or ()}
+        named = [names[k] for k in ("caption", "text", "prompt") if k in names]
+        refuse((not named, f"--prompts {path}: no column is called caption, text or prompt; name "
+                           "the one that is in the first line"))
+        return [row[named[0]] or "" for row in table]
     except csv.Error as error:
         raise BadInput(f"--prompts {path}: a table that can't be read ({error})") from None
-    head = [cell.strip().lower() for cell in rows[0]] if rows else []
-    named = next((head.index(k) for k in ("caption", "text", "prompt") if k in head), None)
-    column = _wordy_column(rows) if named is None else named
-    if column is None:
-        raise BadInput(f"--prompts {path}: which column is it? Name one `caption`")
-    header = named is not None or " " not in head[column]
-    return [row[column] for row in rows[header:] if column < len(row)]
-
-
-def _wordy_column(rows: list[list[str]]) -> int | None:
-    """The only column most of whose cells hold several words; None where it is not the only one."""
-    cells: dict[int, int] = {}
-    for row in rows:
-        for i, cell in enumerate(row):
-            cells[i] = cells.get(i, 0) + (len(cell.split()) > 1)
-    wordy = [i for i, n in cells.items() if 2 * n >= len(rows)]
-    return wordy[0] if len(wordy) == 1 and wordy[0] < len(rows[0]) else None
 
 
 def prompt_in(path: Path) -> str:
@@ -629,23 +547,24 @@ def prompt_in(path: Path) -> str:
 
 # ------------------------------------------------------------------------------- results
 
-@contextmanager
-def written(path: Path) -> Iterator[Path]:
-    """A temporary name beside path, renamed to it at the end: never half a file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        yield temporary
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 def write_json(path: str | Path, value) -> None:
     """The value as JSON, indented, written aside and renamed."""
-    with written(Path(path)) as temporary:
+    with ppdd.written(path) as temporary:
         text = json.dumps(value, indent=1, allow_nan=False, ensure_ascii=False)
         temporary.write_text(text + "\n", encoding="utf-8")
+
+
+def save_png(path: Path, image: Image.Image) -> None:
+    """A PNG, written aside and renamed."""
+    with ppdd.written(path) as temporary:
+        image.save(temporary, "PNG")
+
+
+def table(head: Iterable, rows: Iterable[Iterable], align: str = "---") -> list[str]:
+    """The lines of a Markdown table whose first column has names."""
+    head, *rows = ([str(cell) for cell in line] for line in (head, *rows))
+    lines = [f"| {' | '.join(line)} |" for line in (head, *rows)]
+    return [lines[0], "|---" + f"|{align}" * (len(head) - 1) + "|", *lines[1:]]
 
 
 def commit() -> str:
@@ -667,23 +586,30 @@ def hardware(device: str | torch.device = "cpu") -> str:
     return f"{threads} CPU thread{'s' * (threads > 1)}, {platform.machine()}"
 
 
-def surroundings(config: Config) -> dict:
+def surroundings(config: Config | SpeedConfig, *more: str) -> dict:
     """What every result file says of how it came about."""
-    versions = {}
-    for package in ("torch", "numpy", "scipy", "pillow", "open_clip_torch"):
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:
-            versions[package] = None
-    return {"settings": asdict(config), "hardware": hardware(config.device), "versions": versions,
+    there = {d.name.lower().replace("-", "_"): d.version for d in distributions()}
+    packages = ("torch", "numpy", "scipy", "pillow", "open_clip_torch", *more)
+    return {"settings": asdict(config), "hardware": hardware(config.device),
+            "versions": {package: there.get(package) for package in packages},
             "commit": commit()}
 
 
-def finish(config: Config, result: dict) -> None:
-    """Writes the result, and how it came about, to its file."""
-    path = Path(config.out or f"results/{config.command}.json").expanduser()
-    write_json(path, result | surroundings(config))
-    print(f"written to {path}")
+def result_file(config: Config) -> Path:
+    """Where the JSON goes; --quick never overwrites a real result."""
+    if not config.quick:
+        return Path(config.out or f"results/{config.command}.json").expanduser()
+    path = Path(config.out or PICTURES / f"{config.command}.json").expanduser()
+    return path.with_stem(f"{path.stem.removesuffix('-quick')}-quick")
+
+
+def finish(file: Path, result: dict, page: str = "") -> None:
+    """Writes a result as JSON, and where there is a page of Markdown prints and writes it too."""
+    write_json(file, result)
+    if page:
+        with ppdd.written(file.with_suffix(".md")) as temporary:
+            temporary.write_text(page, encoding="utf-8")
+    print(page or f"written to {file}")
 
 
 # ------------------------------------------------------------------------------- eval.py fid, clip
@@ -694,20 +620,22 @@ FEW = 2048                      # pictures under which FID's bias is large
 def run_fid(config: Config) -> None:
     """`fid A B`: the distance between two sets of pictures, each a folder or an .npz."""
     paths = [Path(path).expanduser() for path in config.paths]
-    if len(paths) != 2 and not (len(paths) == 1 and config.save):
-        raise BadInput("fid takes two folders of pictures or .npz files, or one and --save FILE")
+    refuse((len(paths) != 2 and not (len(paths) == 1 and config.save),
+            "fid takes two folders of pictures or .npz files, or one and --save FILE"))
     folders = [path for path in paths if path.suffix.lower() != ".npz"]
     known = {path: Statistics.load(path) for path in paths if path not in folders}
     name, features = "", None
+    for folder in folders:
+        picture_files(folder)
     if folders:
-        for folder in folders:
-            picture_files(folder)
         mini = of_miniature(folders[0]) and not find_inception(config.inception)
         name, features = extractor(config, mini)
     sets = [known.get(path) or measured(config, path, name, features) for path in paths]
     if config.save:
-        sets[0].save(Path(config.save).expanduser())
-        print(f"statistics of {sets[0].n or 'some'} pictures in {config.save}")
+        file = Path(config.save).expanduser()
+        file = file if file.suffix.lower() == ".npz" else file.with_name(f"{file.name}.npz")
+        sets[0].save(file)
+        print(f"statistics of {sets[0].n or 'some'} pictures in {file}")
     if len(sets) == 2:
         report_distance(config, paths, sets, features)
 
@@ -746,8 +674,9 @@ def report_distance(config: Config, paths: list[Path], sets: list[Statistics],
     for sentence in doubts(sets, name):
         print(f"warning: {sentence}", file=sys.stderr)
     network = features.protocol if features else "as in the .npz files"
-    finish(config, {"score": name, "value": value, "network": network,
-                    "sets": [described(p, s) for p, s in zip(paths, sets)]})
+    sides = [described(p, s) for p, s in zip(paths, sets)]
+    finish(result_file(config), {"score": name, "value": value, "network": network,
+                                 "sets": sides} | surroundings(config))
 
 
 def described(path: Path, side: Statistics) -> dict:
@@ -761,19 +690,15 @@ def described(path: Path, side: Statistics) -> dict:
 def doubts(sets: list[Statistics], name: str) -> list[str]:
     """Why a distance should not be trusted, in sentences."""
     n, d = min((s.n for s in sets if s.n), default=0), sets[0].mean.size
-    said = []
-    if 0 < n < FEW and name == "FID":
-        said.append(f"FID of {n} pictures is biased upwards: take at least {FEW:,}, and compare it "
-                    "only with FIDs of as many")
-    if 0 < n <= d:
-        said.append(f"{n} pictures can't fill {d} dimensions: the covariance is singular")
-    return said
+    said = {f"FID of {n} pictures is biased upwards: take at least {FEW:,}, and compare it only "
+            "with FIDs of as many": 0 < n < FEW and name == "FID",
+            f"{n} pictures can't fill {d} dimensions: the covariance is singular": 0 < n <= d}
+    return [sentence for sentence, holds in said.items() if holds]
 
 
 def run_clip(config: Config) -> None:
     """`clip DIR --prompts FILE`: the CLIP score of pictures; prompt k belongs to the k-th."""
-    if len(config.paths) != 1:
-        raise BadInput("clip takes one folder of pictures, and --prompts FILE")
+    refuse((len(config.paths) != 1, "clip takes one folder of pictures, and --prompts FILE"))
     folder = Path(config.paths[0]).expanduser()
     prompts = prompts_of(config, picture_files(folder))
     spec = config.clip or ("mini" if of_miniature(folder) else VIT_G)
@@ -785,9 +710,10 @@ def run_clip(config: Config) -> None:
     cosine, spread = float(np.mean(cosines)), float(np.std(cosines, ddof=len(cosines) > 1))
     print(f"CLIP score ({clip.name}): {100 * cosine:.3f}, cosine {cosine:.5f} ± {spread:.5f} from "
           f"picture to picture\nof {len(cosines):,} pictures of {folder}")
-    finish(config, {"score": f"CLIP score ({clip.name}), 100 cos", "value": 100 * cosine,
-                    "cosine": cosine, "deviation": spread, "pictures": len(cosines),
-                    "left out": len(prompts) - len(cosines), "network": clip.protocol})
+    finish(result_file(config), {
+        "score": f"CLIP score ({clip.name}), 100 cos", "value": 100 * cosine, "cosine": cosine,
+        "deviation": spread, "pictures": len(cosines), "left out": len(prompts) - len(cosines),
+        "network": clip.protocol} | surroundings(config))
 
 
 def prompts_of(config: Config, files: list[Path]) -> dict[Path, str]:
@@ -904,13 +830,13 @@ def picture_cost(nets: Networks, method: str) -> dict[int, int]:
     z, *_ = _inputs(nets)
     guide = {"full": nets.full, "tiny": nets.tiny}.get(method)
 
-    def paint(steps: int) -> None:
+    def paint(n: int) -> None:
         c = nets.text(_ids(nets))
         empty = nets.text(_ids(nets)) if method == "cfg" else None
-        nets.vae.decode(ppdd.sample(nets.unet, z, c, 8.0, steps, guide, empty))
+        nets.vae.decode(ppdd.sample(nets.unet, z, c, 8.0, n, guide, empty))
 
     one, two = arithmetic(lambda: paint(1)).all, arithmetic(lambda: paint(2)).all
-    return {steps: one + (steps - 1) * (two - one) for steps in STEPS}
+    return {n: one + (n - 1) * (two - one) for n in STEPS}
 
 
 def _inputs(nets: Networks) -> tuple[Tensor, ...]:
@@ -927,22 +853,22 @@ def _ids(nets: Networks) -> Tensor:
 
 def run_table1(config: Config) -> None:
     """`table1`: the paper's Table 1 beside what the modules themselves have and compute."""
-    if config.size not in ("", "mini"):
-        raise BadInput(f"--size {config.size}: table1 takes mini, or nothing for SD 1.5")
+    refuse((config.size not in ("", "mini"),
+            f"--size {config.size}: table1 takes mini, or nothing for SD 1.5"))
     nets = build_networks(config.size)
     once = passes(nets)
     result = {
         "of": "the miniature, 64 x 64" if config.size else "Stable Diffusion 1.5, 512 x 512",
         "rows": table1_rows(nets, once, with_paper=not config.size),
         "notes": table1_notes(nets, once),
-        "GMACs a picture": {method: {str(steps): macs / 1e9 for steps, macs in cost.items()}
-                            for method, cost in ((m, picture_cost(nets, m))
-                                                 for m in ("cfg", "full", "tiny"))},
+        "GMACs a picture": {method: {str(steps): macs / 1e9 for steps, macs in
+                                     picture_cost(nets, method).items()}
+                            for method in ("cfg", "full", "tiny")},
         "GMACs once a picture": {name: once[name].all / 1e9 for name in
                                  ("VAE decoder", "text encoder", "hint encoder")},
     }
     print(table1_markdown(result))
-    finish(config, result)
+    finish(result_file(config), result | surroundings(config))
 
 
 def table1_rows(nets: Networks, once: dict[str, Arithmetic], with_paper: bool) -> list[dict]:
@@ -984,31 +910,29 @@ def table1_notes(nets: Networks, once: dict[str, Arithmetic]) -> dict[str, str]:
 
 def table1_markdown(result: dict) -> str:
     """Table 1 and the cost of pictures, in Markdown."""
-    lines = [f"Table 1: {result['of']}. GMACs of convolutions and linear layers, one pass; the "
-             "paper calls them FLOPs (trillion).", "",
-             "| | parameters | paper, M | off | GMACs | paper | off | with attention |",
-             "|---" + "|---:" * 7 + "|"]
-    for row in result["rows"]:
-        paper, off = row.get("paper"), row.get("off by %")
-        cells = [f"{row['parameters']:,}", f"{paper['parameters'] / 1e6:g}" if paper else "",
-                 f"{off['parameters']:+.2f} %" if off else "", _giga(row["GMACs"] * 1e9),
-                 f"{paper['GMACs']:g}" if paper else "", f"{off['GMACs']:+.2f} %" if off else "",
-                 _giga(row["GMACs with attention"] * 1e9)]
-        lines.append(f"| {row['network']} | {' | '.join(cells)} |")
-    lines += ["", *(f"- *{name}*: {note}" for name, note in result["notes"].items()), "",
-              "GMACs a picture, with attention, text encoder and VAE decoder; in brackets beside "
-              "CFG of as many steps.", "",
-              f"| | {' | '.join(f'{steps} steps' for steps in STEPS)} |",
-              "|---" + "|---:" * len(STEPS) + "|"]
-    pictures = result["GMACs a picture"]
-    for method, cost in pictures.items():
-        cells = [f"{_giga(cost[k] * 1e9)} ({cost[k] / pictures['cfg'][k]:.0%})" for k in cost]
-        title = {"cfg": "CFG"}.get(method, f"{method} guide")
-        lines.append(f"| {title} | {' | '.join(cells)} |")
+    pictures, titles = result["GMACs a picture"], {"cfg": "CFG"}
+    costs = [[titles.get(method, f"{method} guide"),
+              *(f"{_giga(g * 1e9)} ({g / pictures['cfg'][k]:.0%})" for k, g in cost.items())]
+             for method, cost in pictures.items()]
     said = ", ".join(f"{name} {_giga(g * 1e9)}" for name, g in
                      result["GMACs once a picture"].items())
-    return "\n".join([*lines, "", f"Once a picture: {said} (CFG encodes two texts; only the full "
-                      "guide has a hint)."])
+    return "\n".join([
+        f"Table 1: {result['of']}. GMACs of convolutions and linear layers, one pass; the paper "
+        "calls them FLOPs (trillion).", "",
+        *table(["", "parameters", "paper, M", "off", "GMACs", "paper", "off", "with attention"],
+               map(_table1_row, result["rows"]), "---:"),
+        "", *(f"- *{name}*: {note}" for name, note in result["notes"].items()), "",
+        "GMACs a picture, with attention, text encoder and VAE decoder; in brackets beside CFG of "
+        "as many steps.", "", *table(["", *(f"{n} steps" for n in STEPS)], costs, "---:"), "",
+        f"Once a picture: {said} (CFG encodes two texts; only the full guide has a hint)."])
+
+
+def _table1_row(row: dict) -> list[str]:
+    paper, off = row.get("paper"), row.get("off by %")
+    beside = ([f"{paper['parameters'] / 1e6:g}", f"{off['parameters']:+.2f} %",
+               f"{paper['GMACs']:g}", f"{off['GMACs']:+.2f} %"] if paper else [""] * 4)
+    return [row["network"], f"{row['parameters']:,}", *beside[:2], _giga(row["GMACs"] * 1e9),
+            *beside[2:], _giga(row["GMACs with attention"] * 1e9)]
 
 
 def _giga(macs: float) -> str:
@@ -1019,8 +943,6 @@ def _giga(macs: float) -> str:
 # ------------------------------------------------------------------------------- ways of sampling
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-PLAIN = (("none", 50, "ddim"), ("cfg", 50, "ddim"), ("cfg", 16, "ddim"), ("cfg", 8, "ddim"),
-         ("cfg", 50, "plms"))
 GUIDES = ("full", "full-16", "full-8", "tiny", "tiny-16", "tiny-8", "tiny-8-g8")
 PICTURES = Path("runs/eval")
 JUDGED = "judge on real pictures, %"
@@ -1040,7 +962,7 @@ class Row(NamedTuple):
     guide: nn.Module | None = None
     file: Path | None = None            # the guide's, and its SHA-256
     guide_hash: str = ""
-    only_g: float | None = None         # the one g that it is made for
+    only_g: float | None = None         # the one g that it is made for; no guidance is g = 0
     plain: bool = True                  # of stage one, for any g, against the empty prompt
 
     @property
@@ -1058,14 +980,21 @@ class Row(NamedTuple):
         return f"{os.path.relpath(self.file)}, SHA-256 {self.guide_hash}" if self.file else None
 
 
+PLAIN = (Row("none-50", "no guidance, 50 steps", "none", 50, only_g=0.0),
+         Row("cfg-50", "CFG, DDIM, 50 steps", "cfg", 50),
+         Row("cfg-16", "CFG, DDIM, 16 steps", "cfg", 16),
+         Row("cfg-8", "CFG, DDIM, 8 steps", "cfg", 8),
+         Row("cfg-plms-50", "CFG, PLMS, 50 steps", "cfg", 50, "plms"))
+
+
 def methods(config: Config, base: Base, guides: tuple[str, ...] = ()) -> list[Row]:
     """Rows for a base: without guidance, CFG, and those of `guides`, else all, that are there."""
-    rows = [plain_row(*way) for way in PLAIN]
+    rows = [*PLAIN]
     for name in dict.fromkeys((*(guides or GUIDES), *config.guides)):
         try:
             row = guide_row(config, base, name)
-            if row.name in {other.name for other in rows}:
-                raise BadInput(f"{row.file} has the name of another guide: rename the file")
+            refuse((row.name in {other.name for other in rows},
+                    f"{row.file} has the name of another guide: rename the file"))
             rows.append(row)
         except (BadInput, CheckpointError) as error:
             if name in config.guides:
@@ -1073,13 +1002,6 @@ def methods(config: Config, base: Base, guides: tuple[str, ...] = ()) -> list[Ro
             if rank() == 0:
                 print(f"a row is left out: {error}")
     return rows
-
-
-def plain_row(kind: str, steps: int, sampler: str) -> Row:
-    if kind == "none":
-        return Row(f"none-{steps}", f"no guidance, {steps} steps", kind, steps, only_g=0.0)
-    name = f"{kind}-{steps}" if sampler == "ddim" else f"{kind}-{sampler}-{steps}"
-    return Row(name, f"CFG, {sampler.upper()}, {steps} steps", kind, steps, sampler)
 
 
 def guide_row(config: Config, base: Base, name: str) -> Row:
@@ -1144,8 +1066,8 @@ def together(config: Config) -> Iterator[Config]:
         yield config
         return
     cuda, local = config.device.startswith("cuda"), int(os.environ.get("LOCAL_RANK", -1))
-    if local < 0 or (cuda and local >= torch.cuda.device_count()):
-        raise BadInput("start several processes with torchrun, and at most one a GPU")
+    refuse((local < 0 or (cuda and local >= torch.cuda.device_count()),
+            "start several processes with torchrun, and at most one a GPU"))
     if cuda:
         config = replace(config, device=f"cuda:{local}")
         torch.cuda.set_device(config.device)
@@ -1182,12 +1104,12 @@ class Bench:
         self.own_captions = is_mini(base) and not config.prompts
         self.judged = self.own_captions and self.size == postcards.SIZE
         self.style = base.name if base.name in postcards.STYLES else postcards.STYLES[0]
-        if not is_mini(base) and not config.prompts:
-            raise BadInput(f"--prompts is needed with {base.name}: a text file of prompts, or "
-                           "COCO's captions_val2014.json")
-        if not is_mini(base) and not config.real and config.command != "match":
-            raise BadInput(f"--real is needed with {base.name}: a folder of real pictures, or "
-                           "their statistics as .npz")
+        refuse((not is_mini(base) and not config.prompts,
+                f"--prompts is needed with {base.name}: a text file of prompts, or COCO's "
+                "captions_val2014.json"),
+               (not is_mini(base) and not config.real and config.command != "match",
+                f"--real is needed with {base.name}: a folder of real pictures, or their "
+                "statistics as .npz"))
 
     def first(self, s: int) -> int:
         """The noise seed of seed s's first picture; no two seeds have one in common."""
@@ -1266,31 +1188,29 @@ class Bench:
     @cached_property
     def references(self) -> Statistics:
         """Statistics of the real pictures: those of --real, else postcards in the base's style."""
-        if self.config.real.lower().endswith(".npz"):
-            real = Statistics.load(Path(self.config.real).expanduser())
-            name, features = self.extractor
-            width = features(torch.zeros(1, 3, 64, 64, dtype=torch.uint8,
-                                         device=self.config.device)).shape[1]
-            if real.of not in ("", identity(name, features)) or real.mean.size != width:
-                raise BadInput(f"--real {self.config.real} holds features of another network "
-                               f"({real.of or f'{real.mean.size} a picture'}) than {name}")
+        config, (name, features) = self.config, self.extractor
+        if config.real.lower().endswith(".npz"):
+            real = Statistics.load(Path(config.real).expanduser())
+            blank = torch.zeros(1, 3, 64, 64, dtype=torch.uint8, device=config.device)
+            refuse((real.of not in ("", identity(name, features)) or
+                    real.mean.size != features(blank).shape[1],
+                    f"--real {config.real} holds features of another network "
+                    f"({real.of or f'{real.mean.size} a picture'}) than {name}"))
             return real
-        real, features = Statistics(of=self.extractor[0]), self.extractor[1]
-        if self.config.real:
-            found = pictures_in(self.config.real, self.config.batch, self.config.skip_bad)
-            parts = (batch for _, batch in found)
-        else:
-            parts = (batch for batch, _ in self.drawn(self.config.references))
-        for batch in parts:
-            real.add(features(batch.to(self.config.device)))
+        real = Statistics(of=name)
+        found = (pictures_in(config.real, config.batch, config.skip_bad) if config.real else
+                 (reversed(part) for part in self.drawn))
+        for _, pictures in found:
+            real.add(features(pictures.to(config.device)))
         return real
 
-    def drawn(self, count: int) -> Iterator[tuple[Tensor, Tensor]]:
+    @cached_property
+    def drawn(self) -> list[tuple[Tensor, Tensor]]:
         """Batches of real postcards, (B, 3, 64, 64) uint8, and their attributes (B, 6)."""
         generator = torch.Generator().manual_seed(REAL_SEED)
-        attributes = postcards.sample_attributes(count, generator)
-        for part in attributes.split(200):
-            yield (postcards.draw(part, self.style, generator) * 255).round().byte(), part
+        attributes = postcards.sample_attributes(self.config.references, generator)
+        return [((postcards.draw(part, self.style, generator) * 255).round().byte(), part)
+                for part in attributes.split(200)]
 
     def right(self, pictures: Tensor, attributes: Tensor) -> Tensor:
         """(B, 6) whether each attribute of pictures (B, 3, 64, 64) uint8 is as asked."""
@@ -1307,8 +1227,7 @@ class Bench:
             said["warning"] = (f"FID of {self.config.count} pictures is biased upwards: compare it "
                                "only with FIDs of as many")
         if self.judged:
-            drawn = self.drawn(self.config.references)
-            hits = [self.right(*part).all(1).float() for part in drawn]
+            hits = [self.right(*part).all(1).float() for part in self.drawn]
             said[JUDGED] = round(100 * torch.cat(hits).mean().item(), 2)
         return said
 
@@ -1342,20 +1261,14 @@ def picture_size(config: Config, base: Base) -> int:
     """Side of the pictures: what was asked for, else 512, or the miniature's 64."""
     unit = 8 * 2 ** (len(base.unet.config.channel_mult) - 1)
     size = config.size or ("64" if is_mini(base) else "512")
-    if not size.isdecimal() or int(size) % unit or not unit <= int(size) <= 4096:
-        raise BadInput(f"--size {size}: a multiple of {unit} with {base.name}, at most 4096")
+    refuse((not size.isdecimal() or int(size) % unit or not unit <= int(size) <= 4096,
+            f"--size {size}: a multiple of {unit} with {base.name}, at most 4096"))
     return int(size)
 
 
 def to_image(picture: Tensor) -> Image.Image:
     """A picture (3, H, W) uint8 as Pillow's."""
     return Image.fromarray(picture.permute(1, 2, 0).contiguous().numpy())
-
-
-def save_png(path: Path, image: Image.Image) -> None:
-    """A PNG, written aside and renamed."""
-    with written(path) as temporary:
-        image.save(temporary, "PNG")
 
 
 def summary(seeds: dict[str, dict]) -> dict:
@@ -1393,6 +1306,13 @@ def table3(config: Config) -> None:
         tabulate(fill(config), plugged(config, first), bases, len(paths))
 
 
+def need(rows: list[Row], base: Base, what: str = "guide") -> list[Row]:
+    """The rows. Raises BadInput where none of them has a guide."""
+    refuse((not any(row.guide for row in rows),
+            f"there is no {what} for {base.name}: train one with train.py"))
+    return rows
+
+
 def plugged(config: Config, base: Base) -> list[Row]:
     """No guidance, CFG and the plain base's stage-one guides, for a fine-tune of that base."""
     plain = ppdd.find_weights(config.weights) if config.bases or config.weights else ppdd.MINI
@@ -1406,10 +1326,8 @@ def styles(config: Config) -> list[Path]:
     if config.bases:
         return [Path(path).expanduser() for path in config.bases]
     paths = [ppdd.MINI.parent / "styles" / f"{s}.safetensors" for s in postcards.STYLES[1:]]
-    missing = [str(path) for path in paths if not path.exists()]
-    if missing:
-        raise BadInput(f"there is no {missing[0]}: make the miniature's styles with "
-                       "`python mini/train.py --styles-only`, or pass --bases FILE ...")
+    refuse(*((not path.exists(), f"there is no {path}: make the miniature's styles with "
+              "`python mini/train.py --styles-only`, or pass --bases FILE ...") for path in paths))
     return paths
 
 
@@ -1435,24 +1353,12 @@ def fill(config: Config) -> Config:
         count=count or (8 if quick else 64 if config.command == "match" else 300),
         references=config.references or (200 if quick else 2000),
         repeats=config.repeats or (1 if quick else 3))
-    for wrong, sentence in (
-        (not all(abs(g) <= 1000 for g in config.g), "--g: numbers; 0 is no guidance, 8 is much"),
-        (not 1 <= config.count <= SEED_STEP, f"--count {config.count}: at most {SEED_STEP}"),
-        (config.command == "match" and 0 in config.g, "--g 0 is no guidance: nothing to match"),
-        (min(config.seeds, config.references, config.repeats) < 1,
-         "--seeds, --references and --repeats are at least 1"),
-    ):
-        if wrong:
-            raise BadInput(sentence)
+    refuse((not all(abs(g) <= 1000 for g in config.g), "--g: numbers; 0 is no guidance, 8 is much"),
+           (not 1 <= config.count <= SEED_STEP, f"--count {config.count}: at most {SEED_STEP}"),
+           (config.command == "match" and 0 in config.g, "--g 0 is no guidance: nothing to match"),
+           (min(config.seeds, config.references, config.repeats) < 1,
+            "--seeds, --references and --repeats are at least 1"))
     return config
-
-
-def result_file(config: Config) -> Path:
-    """Where the JSON goes; --quick never overwrites a real result."""
-    if not config.quick:
-        return Path(config.out or f"results/{config.command}.json").expanduser()
-    path = Path(config.out or PICTURES / f"{config.command}.json").expanduser()
-    return path.with_stem(f"{path.stem.removesuffix('-quick')}-quick")
 
 
 def read_result(file: Path) -> dict:
@@ -1481,9 +1387,9 @@ def tabulate(config: Config, rows: list[Row], bases: Iterable[Base], total: int)
               disable=rank() > 0) as bar:
         for base in bases:
             names, shapes = [*names, base.name], shapes | {base.unet.config}
-            if len(shapes) > 1 or base.name in names[:-1]:
-                raise BadInput(f"{base.path} has another size, or the same name, as a base before "
-                               "it: give fine-tunes of one base, each with its own name")
+            refuse((len(shapes) > 1 or base.name in names[:-1],
+                    f"{base.path} has another size, or the same name, as a base before it: give "
+                    "fine-tunes of one base, each with its own name"))
             bench = Bench(config, base)
             if rank() == 0:
                 begin(bench, cells, file)
@@ -1495,16 +1401,15 @@ def tabulate(config: Config, rows: list[Row], bases: Iterable[Base], total: int)
     if rank() == 0:
         result = read_result(file)
         result["bases"] = {name: result["bases"][name] for name in names}
-        publish(file, result, table_markdown(config.command, result))
+        finish(file, result, table_markdown(config.command, result))
 
 
 def begin(bench: Bench, cells: list[Cell], file: Path) -> None:
     """Enters the base into the result file, with those of its cells that are done already."""
     result, measured, now = read_result(file), bench.measured_by(), protocol(bench)
     other = [k for k in ASKED if result["protocol"] and result["protocol"].get(k) != now[k]]
-    if other:
-        raise BadInput(f"{file} holds a result of another setting ({', '.join(other)}): pass --out "
-                       "for a file of its own, or move that one away")
+    refuse((other, f"{file} holds a result of another setting ({', '.join(other)}): pass --out for "
+                   "a file of its own, or move that one away"))
     before = result["bases"].get(bench.base.name, {})
     kept = before["rows"] if before.get("measured by") == measured else {}
     rows = {cell.row.name: about_row(cell.row) for cell in cells}
@@ -1584,14 +1489,6 @@ def protocol(bench: Bench) -> dict:
         "dtype": str(dtype_of(config)), "processes": world(), **surroundings(config)}
 
 
-def publish(file: Path, result: dict, markdown: str) -> None:
-    """Writes a result as JSON and, beside it, as Markdown, and prints the latter."""
-    write_json(file, result)
-    with written(file.with_suffix(".md")) as temporary:
-        temporary.write_text(markdown, encoding="utf-8")
-    print(markdown)
-
-
 def table_markdown(command: str, result: dict) -> str:
     """A result of Table 2 or 3 as a page: the table, then its protocol."""
     rows = [(name, row) for name, base in result["bases"].items() for row in base["rows"].values()]
@@ -1599,19 +1496,19 @@ def table_markdown(command: str, result: dict) -> str:
     measured = next(iter(result["bases"].values()))["measured by"]
     scores = [measured["distance"], "CLIP score"]
     scores += ["accuracy in %"] * (JUDGED in measured)
+    cells = [[name, row["title"], passes_of(row["UNet passes"], row["guide passes"]),
+              plus_minus(row["milliseconds"]["median"], row["milliseconds"]["spread"]),
+              *(cell_markdown(row["cells"].get(g)) for g in gs)] for name, row in rows]
     lines = [f"# {TITLES[command]}", "", f"Cells: {' / '.join(scores)}; mean ± spread.", "",
-             f"| base | method | passes | ms | {' | '.join(f'g = {g}' for g in gs)} |",
-             "|---" * (4 + len(gs)) + "|"]
-    for name, row in rows:
-        ms, guide = row["milliseconds"], f" + {row['guide passes']} guide"
-        told = [name, row["title"], f"{row['UNet passes']}{guide * bool(row['guide passes'])}",
-                plus_minus(ms["median"], ms["spread"]),
-                *(cell_markdown(row["cells"].get(g)) for g in gs)]
-        lines.append(f"| {' | '.join(told)} |")
-    lines += ["", "Protocol:", "", *protocol_lines(result["protocol"])]
+             *table(["base", "method", "passes", "ms", *(f"g = {g}" for g in gs)], cells),
+             "", "Protocol:", "", *protocol_lines(result["protocol"])]
     for item in result["bases"].items():
         lines += base_lines(*item)
     return "\n".join(lines) + "\n"
+
+
+def passes_of(unet: int | str, guide: int) -> str:
+    return f"{unet}" + f" + {guide} guide" * bool(guide)
 
 
 def cell_markdown(cell: dict | None) -> str:
@@ -1627,14 +1524,18 @@ def plus_minus(middle: float, spread: float | None, digits: int = 2) -> str:
 
 def protocol_lines(protocol: dict) -> list[str]:
     """A protocol as a list in Markdown; of the packages' versions torch's alone."""
-    told = protocol | {"torch": protocol["versions"]["torch"]}
+    return listed(protocol | {"torch": protocol["versions"]["torch"]})
+
+
+def listed(told: dict) -> list[str]:
+    """What is no dictionary itself, as a list in Markdown."""
     return [f"- {name}: {value}" for name, value in told.items() if not isinstance(value, dict)]
 
 
 def base_lines(name: str, base: dict) -> list[str]:
     """A base's hash, what it was measured by, and its guides, as a list in Markdown."""
     told = {"SHA-256": base["base hash"]} | base["measured by"]
-    lines = [f"- {what}: {value}" for what, value in told.items() if not isinstance(value, dict)]
+    lines = listed(told)
     lines += [f"- {what}: {', '.join(f'{k} {v}' for k, v in told[what].items())}"
               for what in ("features", "CLIP")]
     lines += [f"- {row}: {told['guide']}" for row, told in base["rows"].items() if told["guide"]]
@@ -1654,45 +1555,68 @@ def match(config: Config) -> None:
     """
     base = load(config, ppdd.find_weights(config.weights))
     config = fill(config)
-    guides = [row for row in methods(config, base) if row.guide and row.plain]
-    if not guides:
-        raise BadInput(f"there is no stage-one guide for {base.name}: train one with train.py")
-    bench = Bench(config, base)
-    sources = SOURCES if bench.own_captions else SOURCES[1:]
-    sums = torch.zeros(len(guides), len(sources), len(config.g), BINS, 2, dtype=torch.float64)
-    with tqdm(total=len(sources) * len(config.g) * config.count, unit="picture",
-              desc="match") as bar:
+    guides = need([row for row in methods(config, base) if row.guide and row.plain], base,
+                  "stage-one guide")
+    bench, steps = Bench(config, base), 10 if config.quick else STAGE_ONE
+    sums = torch.zeros(len(guides), len(SOURCES), len(config.g), BINS, 2, dtype=torch.float64)
+    with tqdm(total=config.count, unit="picture", desc="match") as bar:
         for k in range(0, config.count, config.batch):
-            for i, g in enumerate(config.g):
-                for j, source in enumerate(sources):
-                    sums[:, j, i] += unexplained(bench, guides, source, k, g)
-                    bar.update(min(config.batch, config.count - k))
-    result = {"protocol": match_protocol(bench), "guides": {
+            rows = slice(k, min(k + config.batch, config.count))
+            sums += unexplained(bench, guides, rows, ppdd.step_grid(steps))
+            bar.update(rows.stop - k)
+    told = {"base": base.name, "base hash": bench.hash, "pictures": config.count,
+            "prompts": config.prompts or "fresh captions of postcards, as in Table 2",
+            "dtype": str(dtype_of(config)), "t": f"those of a run of {steps} steps",
+            "noise": f"seeds from {bench.first(config.seed)}", **surroundings(config)}
+    result = {"protocol": told, "guides": {
         row.name: {"guide": row.source} | {
-            source: match_shares(config, sums[r, j]) for j, source in enumerate(sources)}
-        for r, row in enumerate(guides)}}
-    publish(result_file(config), result, match_markdown(result))
+            source: match_shares(config, sums[r, j]) for j, source in enumerate(SOURCES)
+            if bench.own_captions or j} for r, row in enumerate(guides)}}
+    finish(result_file(config), result, match_markdown(result))
 
 
 @torch.no_grad()
-def unexplained(bench: Bench, guides: list[Row], source: str, k: int, g: float) -> Tensor:
-    """Sums of ‖e − e_teacher‖² and ‖ε_c − e_teacher‖², (guides, BINS, 2), of a batch from k on."""
-    config, base = bench.config, bench.base
-    prompts, attributes = bench.prompts(config.seed)
-    rows = slice(k, k + config.batch)
+def unexplained(bench: Bench, guides: list[Row], rows: slice, grid: list[int]) -> Tensor:
+    """‖e − e_teacher‖² and ‖ε_c − e_teacher‖² of some pictures, (guides, SOURCES, G, BINS, 2)."""
+    base, gs, seed = bench.base, bench.config.g, bench.first(bench.config.seed) + rows.start
+    prompts, attributes = bench.prompts(bench.config.seed)
     c = base.embed(prompts[rows])                                                  # (B, L, D)
-    empty, seed = base.embed([""]).expand_as(c), bench.first(config.seed) + k
-    grid = ppdd.step_grid(10 if config.quick else STAGE_ONE)
-    states = (noised(bench, attributes[rows], grid, seed) if source == SOURCES[0] else
-              visited(bench, c, empty, g, grid, seed))
-    sums, guidance = torch.zeros(len(guides), BINS, 2), c.new_full((len(c),), g, dtype=torch.float)
-    for t, z in zip(grid, states):
-        times = torch.full((len(c),), t, device=c.device)
-        for r, row in enumerate(guides):
-            told = ppdd.cfg_distillation(base.unet, row.guide, z.to(c), times, c, empty, guidance)
-            sums[r, t * BINS // ppdd.TIMESTEPS] += torch.stack(
-                [told.error.sum(), told.correction.sum()]).cpu()
+    empty, b = base.embed([""]).expand_as(c), len(c)
+    shape = (base.unet.config.in_channels, bench.size // 8, bench.size // 8)
+    walks = [ppdd.noise(range(seed, seed + b), shape).to(c.device)] * len(gs)      # (B, Z, H, W)
+    real = noised(bench, attributes[rows], grid, seed) if bench.own_captions else None
+    sums = torch.zeros(len(guides), len(SOURCES), len(gs), BINS, 2, dtype=torch.float64)
+    for i, (t, s) in enumerate(pairwise(grid)):
+        times, place = torch.full((b,), t, device=c.device), t * BINS // ppdd.TIMESTEPS
+        if real:
+            sums[:, 0, :, place] += beside_teacher(base, guides, gs, real[i], times, c, empty)[0]
+        for k, g in enumerate(gs):
+            told, e = beside_teacher(base, guides, (g,), walks[k], times, c, empty)
+            sums[:, 1, k, place] += told[:, 0]
+            walks[k] = ppdd.ddim_step(walks[k], e, t, s)
     return sums
+
+
+def beside_teacher(base: Base, guides: list[Row], gs: tuple[float, ...], z: Tensor, t: Tensor,
+                   c: Tensor, empty: Tensor) -> tuple[Tensor, Tensor]:
+    """The sums (guides, G, 2) of one batch at one t, and Eq. 3 at the last g, (B, Z, H, W).
+
+    The base runs once with the prompt and once without, for all guides and g.
+    """
+    unet, z = base.unet, z.to(c)
+    emb, sums = unet.embed_time(t), torch.zeros(len(guides), len(gs), 2)
+    skips, h = unet.encode(z, emb, c)
+    eps_c = unet.decode(skips, h, emb, c).float()
+    eps_empty = unet.decode(*unet.encode(z, emb, empty), emb, empty).float()
+    for i, g in enumerate(gs):
+        e_teacher = ppdd.cfg(eps_c, eps_empty, g)
+        guidance = torch.full((len(z),), g, device=z.device)
+        for r, row in enumerate(guides):
+            y = row.guide(guidance, emb, c, *((z, t) if row.guide.reads_latent else ()))
+            e = unet.decode(skips, h, emb, c, y).float()
+            off = torch.stack([e - e_teacher, eps_c - e_teacher])
+            sums[r, i] = off.square().mean((2, 3, 4)).sum(1).cpu()
+    return sums, e_teacher
 
 
 def noised(bench: Bench, attributes: Tensor, grid: list[int], seed: int) -> list[Tensor]:
@@ -1708,21 +1632,6 @@ def noised(bench: Bench, attributes: Tensor, grid: list[int], seed: int) -> list
             for t, eps in zip(grid[:-1], noise)]
 
 
-def visited(bench: Bench, c: Tensor, empty: Tensor, g: float, grid: list[int],
-            seed: int) -> list[Tensor]:
-    """The z_t (B, Z, H, W) that CFG meets at every t of the grid, from noise on."""
-    unet, dtype, states = bench.base.unet, c.dtype, []
-    shape = (unet.config.in_channels, bench.size // 8, bench.size // 8)
-
-    def predict(z: Tensor, i: int) -> Tensor:
-        states.append(z)
-        t, z = torch.full((len(z),), grid[i], device=z.device), z.to(dtype)
-        return ppdd.cfg(unet(z, t, c).float(), unet(z, t, empty).float(), g)
-
-    ppdd.ddim(predict, ppdd.noise(range(seed, seed + len(c)), shape).to(c.device), grid)
-    return states
-
-
 def match_shares(config: Config, sums: Tensor) -> dict:
     """The shares in percent, of sums (G, BINS, 2): of all, by g and by t."""
     def share(part: Tensor) -> float:
@@ -1734,29 +1643,16 @@ def match_shares(config: Config, sums: Tensor) -> dict:
             "by t": {f"{b * width}–{(b + 1) * width - 1}": share(sums[:, b]) for b in range(BINS)}}
 
 
-def match_protocol(bench: Bench) -> dict:
-    """How the teacher match was measured."""
-    steps = 10 if bench.config.quick else STAGE_ONE
-    return {"base": bench.base.name, "base hash": bench.hash, "pictures": bench.config.count,
-            "prompts": bench.config.prompts or "fresh captions of postcards, as in Table 2",
-            "dtype": str(dtype_of(bench.config)), "t": f"those of a run of {steps} steps",
-            "noise": f"seeds from {bench.first(bench.config.seed)}",
-            **surroundings(bench.config)}
-
-
 def match_markdown(result: dict) -> str:
     """A table by g, one by t, and the protocol."""
     lines = [f"# {TITLES['match']}", "", "100 is no guide at all, 0 a perfect one."]
+    shares = [(name, source, told[source]) for name, told in result["guides"].items()
+              for source in SOURCES if source in told]
     for by in ("by g", "by t"):
-        shares = {(name, source): told[source] for name, told in result["guides"].items()
-                  for source in SOURCES if source in told}
-        heads = list(next(iter(shares.values()))[by])
-        unit = "g = " if by == "by g" else "t = "
-        lines += ["", f"| guide | on | all | {' | '.join(unit + head for head in heads)} |",
-                  "|---" * (3 + len(heads)) + "|"]
-        lines += [f"| {name} | {source} | {told['all']} | "
-                  f"{' | '.join(str(told[by][head]) for head in heads)} |"
-                  for (name, source), told in shares.items()]
+        heads = [f"{by[-1]} = {head}" for head in shares[0][2][by]]
+        lines += ["", *table(["guide", "on", "all", *heads],
+                             ([name, source, told["all"], *told[by].values()]
+                              for name, source, told in shares))]
     told = protocol_lines(result["protocol"])
     told += [f"- {name}: {guide['guide']}" for name, guide in result["guides"].items()]
     return "\n".join([*lines, "", *told]) + "\n"
@@ -1840,15 +1736,7 @@ def heading(row: Row) -> str:
     """A row's title over two lines, and its passes."""
     unet, guide = row.passes
     name, _, rest = row.title.partition(", ")
-    return f"{name}\n{rest}\n{unet} UNet" + f" + {guide} guide" * bool(guide) + " passes"
-
-
-def guided(rows: list[Row], base: Base) -> list[Row]:
-    """The rows with a guide; raises BadInput where there is none."""
-    found = [row for row in rows if row.guide]
-    if not found:
-        raise BadInput(f"there is no guide for {base.name}: train one with train.py")
-    return found
+    return f"{name}\n{rest}\n{passes_of(f'{unet} UNet', guide)} passes"
 
 
 def show(config: Config, sheet: Image.Image) -> None:
@@ -1859,7 +1747,7 @@ def show(config: Config, sheet: Image.Image) -> None:
 
 def fig5(config: Config) -> None:
     """Fig. 5: the guides at 50, 16 and 8 steps, and the tiny one that was trained at one g."""
-    beside(config, lambda config, base: guided(methods(config, base), base),
+    beside(config, lambda config, base: [row for row in methods(config, base) if row.guide],
            "Fewer steps come from halving: one step learns what two did.")
 
 
@@ -1873,9 +1761,7 @@ def fig6(config: Config) -> None:
 def beside(config: Config, choose: Callable[[Config, Base], list[Row]], terms: str) -> None:
     """A sheet with a column a way of sampling and a row a prompt."""
     config, base, prompts, size = stage(config)
-    rows = choose(config, base)
-    guided(rows, base)
-    rows = [row for row in rows if columns(row, config.g[-1:])]
+    rows = [row for row in need(choose(config, base), base) if columns(row, config.g[-1:])]
     pictures = [column(config, base, row, prompts, size) for row in rows]
     terms = (f"g = {config.g[-1]:g} (guidance scale {1 + config.g[-1]:g} elsewhere), DDIM, the "
              f"same noise along a row. {terms}")
@@ -1887,9 +1773,7 @@ def fig8(config: Config) -> None:
     labels, pictures = [], []
     for path in styles(config):
         told, base, prompts, size = stage(replace(config, weights=str(path)))
-        rows = [row for row in plugged(config, base) if row.kind != "none"]
-        guided(rows, base)
-        for row in rows:
+        for row in need([row for row in plugged(config, base) if row.kind != "none"], base):
             labels.append(f"{base.name}\n{heading(row)}")
             pictures.append(column(told, base, row, prompts, size))
     terms = (f"g = {told.g[-1]:g}, DDIM, the same noise down a column. The guides were trained on "
@@ -1902,7 +1786,8 @@ def fig8(config: Config) -> None:
 def fig7(config: Config) -> None:
     """Fig. 7: what the stage-one guides add to the decoder, over steps and g."""
     config, base, prompts, size = stage(config)
-    rows = [row for row in guided(methods(config, base), base) if row.steps == STAGE_ONE]
+    rows = [row for row in methods(config, base) if row.guide and row.steps == STAGE_ONE]
+    rows = need(rows, base)
     sheets = [full_sheet(config, base, row, prompts[0], size) if row.kind == "full" else
               tiny_sheet(base, row, prompts) for row in rows]
     whole = Image.new("RGB", (max(s.width for s in sheets), sum(s.height for s in sheets)), "white")
@@ -2002,12 +1887,10 @@ def quality(config: Config) -> None:
         raise BadInput("this chart needs a package that is missing: pip install matplotlib"
                        ) from None
     file = result_file(replace(config, command="table2", out=""))
-    if not file.exists():
-        raise BadInput(f"there is no {file}: make it with `python eval.py table2`")
+    refuse((not file.exists(), f"there is no {file}: make it with `python eval.py table2`"))
     name, base = next(iter(read_result(file)["bases"].items()), ("", {"rows": {}}))
     rows = [row for row in base["rows"].values() if "milliseconds" in row]
-    if not rows:
-        raise BadInput(f"{file} is not finished: run `python eval.py table2` again")
+    refuse((not rows, f"{file} is not finished: run `python eval.py table2` again"))
     g = max((g for row in rows for g in row["cells"]), key=float)
     distance = base["measured by"]["distance"]
     scores = {distance.split()[0]: f"{distance}, lower is better"}
@@ -2024,7 +1907,7 @@ def quality(config: Config) -> None:
     figure.suptitle(f"{name}, g = {g}: quality over time. Beside each point its number of steps; "
                     "bars: standard deviation over seeds", fontsize=10)
     path = Path(config.out or "docs/quality.png").expanduser()
-    with written(path) as temporary:
+    with ppdd.written(path) as temporary:
         figure.savefig(temporary, format="png", dpi=130)
     print(path)
 
@@ -2046,11 +1929,434 @@ def draw_curves(axes, rows: list[dict], score: str, g: str) -> None:
             axes.annotate(row["steps"], at, (5, 5), textcoords="offset points", fontsize=8)
 
 
+# ------------------------------------------------------------------------------- speed
+
+SPEED_G = 8.0
+PEER = "diffusers: "            # before the name of what it does as well
+COMPILE = {"cuda": {"mode": "max-autotune"}}        # which makes CUDA graphs, as sample.py does
+AGREE = {"fp32": 1e-3, "bf16": 5e-2, "fp16": 5e-2}   # largest difference, of the largest value
+
+
+@dataclass(frozen=True)
+class SpeedConfig:
+    """Settings of `eval.py speed`. Weights are random: they do not change what anything takes."""
+
+    command: str = option("speed", "what to measure")
+    size: str = option("sd15", "of the networks: Stable Diffusion 1.5's, or the miniature's",
+                       choices=("sd15", "mini"))
+    side: tuple[int, ...] = option((), "of the latents, an eighth of the pictures'; default: 64; "
+                                       "on a CPU 32 64, with --quick 16; mini: 8", type=int)
+    batch: tuple[int, ...] = option((), "pictures at a time; default: 1 4 16; on a CPU 1", type=int)
+    steps: tuple[int, ...] = option((), "of whole pictures; default: 8 16 50; on a CPU 8, with "
+                                        "--quick 2", type=int)
+    rounds: int = option(0, "that everything is measured; 0: 20; on a CPU 3, with --quick 1")
+    device: str = option("", "cuda or cpu; default: cuda where there is one")
+    dtype: str = option("auto", "of all networks; auto: bf16 on CUDA, else fp32",
+                        choices=("auto", *DTYPES))
+    compile: bool = option(False, "torch.compile, for us and the peer alike")
+    peer: bool = option(False, "diffusers beside it, with the same weights")
+    quick: bool = option(False, "small and once, in a result file of its own")
+    out: str = option("", "the file; default: results/speed-SIZE-DEVICE.json")
+
+
+def settle_speed(config: SpeedConfig) -> SpeedConfig:
+    """The configuration with what suits the machine in place of what was not given."""
+    device = find_device(config.device)
+    cpu, mini, quick = device == "cpu", config.size == "mini", config.quick
+    config = replace(
+        config, device=device, side=config.side or ((8,) if mini else (64,) if not cpu else
+                                                    (16,) if quick else (32, 64)),
+        batch=config.batch or ((1,) if cpu else (1, 4, 16)),
+        steps=config.steps or ((2,) if cpu and quick else (8,) if cpu else STEPS),
+        rounds=config.rounds or (1 if quick else 3 if cpu else 20))
+    refuse((any(side % 8 or not 8 <= side <= 512 for side in config.side),
+            "--side: multiples of 8, from 8 to 512"),
+           (not all(1 <= b <= 4096 for b in config.batch), "--batch: from 1 to 4096"),
+           (not all(1 <= n <= ppdd.TIMESTEPS for n in config.steps), "--steps: from 1 to 1000"),
+           (config.rounds < 1, f"--rounds {config.rounds}: at least 1"),
+           (world() > 1, "speed runs in one process: leave out torchrun"))
+    return config
+
+
+def speed(config: SpeedConfig) -> None:
+    """`speed`: what a step, a picture and an update take, beside CFG, a peer and the limit."""
+    base, guides = random_base(config)
+    pipe = build_peer(base) if config.peer else None
+    checked = check_peer(config, base, pipe) if pipe else {}
+    limit, rows, left_out = machine_rates(config), [], []
+    step = compile_networks(base, pipe) if config.compile else ppdd.predict
+    for side in config.side:
+        nets = build_networks(config.size)._replace(side=side)
+        macs = speed_macs(nets, config.steps)
+        for batch in config.batch:
+            if config.compile:
+                torch.compiler.reset()           # other shapes are compiled anew
+            task = Task(config, base, guides, pipe, side, batch, step)
+            first = side == config.side[0]
+            races = [(task.parts, first)]        # and whether a first round warms up on a CPU, too
+            if config.device != "cpu" or config.size == "mini" or first:
+                races += [(task.pictures, False), *((partial(task.updates, name), not config.quick)
+                                                    for name in guides)]
+            else:
+                left_out.append(f"whole pictures and updates at {side} × {side}: minutes each on a "
+                                "CPU; they are measured at the side that --side names first")
+            for calls, warm in races:
+                rows += [speed_row(name, side, batch, told, macs, limit)
+                         for name, told in race(calls(), config, warm).items()]
+    result = {"size": config.size, "protocol": speed_protocol(config), "limit": limit,
+              "checked": checked, "rows": rows, "ratios": speed_ratios(rows), "left out": left_out}
+    name = f"speed-{config.size}-{torch.device(config.device).type}{'-quick' * config.quick}.json"
+    finish(Path(config.out or f"results/{name}").expanduser(), result, speed_markdown(result))
+
+
+def random_base(config: SpeedConfig) -> tuple[Base, dict[str, nn.Module]]:
+    """Networks and guides of random weights, no layer of them zero: the same at every call."""
+    *nets, _ = build_networks(config.size)
+    generator = torch.Generator(config.device).manual_seed(0)
+    for k, module in enumerate(nets):
+        nets[k] = module.to(dtype_of(config)).to_empty(device=config.device)
+        for name, p in module.named_parameters():
+            bound = (3 / p[0].numel()) ** 0.5 if p.ndim > 1 else 0.1     # of variance 1 / inputs
+            p.data.uniform_(-bound, bound, generator=generator)
+            if p.ndim == 1 and name.endswith("weight"):
+                p.data.add_(1)
+        nets[k].eval().requires_grad_(False)
+        if config.device != "cpu":               # as sample.py does: on a CPU it wins nothing
+            nets[k].to(memory_format=torch.channels_last)
+    unet, vae, text, full, tiny = nets
+    return Base(unet, vae, text, Tokenizer(), Path("random")), {"full": full, "tiny": tiny}
+
+
+def compile_networks(base: Base, pipe) -> Callable[..., Tensor]:
+    """Compiles the base as sample.py and train.py do, and the peer as its manual says.
+
+    Returns `ppdd.predict` as one graph.
+    """
+    options = {"dynamic": False} | COMPILE.get(next(base.unet.parameters()).device.type, {})
+
+    def graph(call: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        compiled = torch.compile(call, **options)
+
+        def copied(*given) -> Tensor:            # a CUDA graph writes where it wrote before
+            torch.compiler.cudagraph_mark_step_begin()
+            return compiled(*given).clone()
+        return copied
+
+    for module in (pipe.unet, pipe.vae.decoder) if pipe else ():
+        module.compile(**options)
+    step, unet = graph(ppdd.predict), base.unet
+    unet.forward, base.vae.decode = graph(unet.forward), graph(base.vae.decode)
+    for name in ("encode", "decode"):            # for the updates
+        setattr(unet, name, torch.compile(getattr(unet, name), dynamic=False))
+    return step
+
+
+class Task:
+    """The work at one side of the latents and one batch: calls, by name, that one race times."""
+
+    def __init__(self, config: SpeedConfig, base: Base, guides: dict[str, nn.Module], pipe,
+                 side: int, batch: int, step: Callable[..., Tensor] = ppdd.predict):
+        self.config, self.base, self.guides, self.pipe = config, base, guides, pipe
+        self.step = step                         # ppdd.predict, or that compiled
+        self.prompts = ["a lighthouse on a cliff at sunset, oil painting"] * batch
+        shape = (base.unet.config.in_channels, side, side)
+        self.z = ppdd.noise(range(batch), shape).to(config.device)                 # (B, Z, H, W)
+        self.t = torch.full((batch,), 500, device=config.device)
+        self.ids = base.tokenizer(self.prompts).to(config.device)                  # (B, L)
+        self.c, self.empty = base.text(self.ids), base.embed([""])
+        self.empty = self.empty.expand_as(self.c)                                  # (B, L, D)
+
+    def sample(self, method: str, steps: int, c: Tensor, empty: Tensor) -> Tensor:
+        guide, empty = self.guides.get(method), empty if method == "CFG" else None
+        return ppdd.sample(self.base.unet, self.z, c, SPEED_G, steps, guide, empty,
+                           predict=self.step)
+
+    def parts(self) -> dict[str, Callable]:
+        """One of each; of steps a whole run, as what is computed before them is theirs."""
+        base, pipe, z = self.base, self.pipe, self.z.to(self.c.dtype)
+        steps = run_length(self.config)
+        calls = {"UNet pass": lambda: base.unet(z, self.t, self.c)} | {
+            f"{method} step": partial(self.sample, method, steps, self.c, self.empty)
+            for method in ("CFG", "full", "tiny")} | {
+            "VAE decode": lambda: base.vae.decode(z), "text encoding": lambda: base.text(self.ids)}
+        scaled = z / base.vae.config.scale_factor
+        theirs = {"UNet pass": lambda: pipe.unet(z, self.t, self.c),
+                  "VAE decode": lambda: pipe.vae.decode(scaled),
+                  "text encoding": lambda: pipe.text_encoder(self.ids)} if pipe else {}
+        return calls | {PEER + name: call for name, call in theirs.items()}
+
+    def pictures(self) -> dict[str, Callable]:
+        """From prompt to pixels: text encoder, sampling, VAE."""
+        calls = {f"{method} picture, {n} steps": partial(self.picture, method, n)
+                 for n in self.config.steps for method in ("CFG", "full", "tiny")}
+        return calls | {f"{PEER}CFG picture, {n} steps": partial(self.theirs, n)
+                        for n in self.config.steps if self.pipe}
+
+    def picture(self, method: str, steps: int) -> Tensor:
+        c = self.base.embed(self.prompts)
+        empty = self.base.embed([""]).expand_as(c) if method == "CFG" else c
+        return self.base.decode(self.sample(method, steps, c, empty))
+
+    def theirs(self, steps: int, output: str = "pt") -> Tensor:
+        """Pictures, or latents, of diffusers' StableDiffusionPipeline with CFG."""
+        empty = self.base.tokenizer([""]).to(self.ids.device)
+        c, empty = (self.pipe.text_encoder(ids).last_hidden_state for ids in (self.ids, empty))
+        return self.pipe(prompt_embeds=c, negative_prompt_embeds=empty.expand_as(c),
+                         num_inference_steps=steps, guidance_scale=1 + SPEED_G,
+                         latents=self.z.to(c.dtype), height=8 * self.z.shape[2],
+                         width=8 * self.z.shape[3], output_type=output).images
+
+    def updates(self, name: str) -> dict[str, Callable]:
+        """One update of a guide, AdamW and all, as train.py makes it, and the naive way."""
+        unet, teacher, c, z = self.base.unet, self.guides[name], self.c, self.z.to(self.c)
+        guide = copy.deepcopy(teacher).float().requires_grad_()
+        optimizer = torch.optim.AdamW(guide.parameters())
+        t, t_mid, t_end = (torch.full_like(self.t, t) for t in ppdd.step_grid(16)[4:7])
+        given, g = (unet, guide, z, t, c, self.empty), torch.full_like(self.t, 8).float()
+        losses = {
+            "stage-one update": lambda: ppdd.cfg_distillation(*given, g).loss,
+            "stage-one update, naive": lambda: naive_loss(*given, g),
+            "halving update": lambda: ppdd.halving(unet, guide, teacher, z, t, t_mid, t_end, c,
+                                                   g).loss}
+        return {f"{name} {kind}": partial(self.update, loss, optimizer)
+                for kind, loss in losses.items()}
+
+    def update(self, loss: Callable[[], Tensor], optimizer: torch.optim.Optimizer) -> None:
+        device, dtype = self.z.device.type, self.c.dtype
+        with ppdd.quick_attention(device):
+            with torch.autocast(device, dtype, enabled=dtype != torch.float32):
+                value = loss()
+            optimizer.zero_grad(set_to_none=True)
+            value.backward()
+        optimizer.step()
+
+
+def naive_loss(unet: UNet, guide: nn.Module, z: Tensor, t: Tensor, c: Tensor, empty: Tensor,
+               g: Tensor) -> Tensor:
+    """Algorithm 1 without sharing: a teacher's batch of two, then a whole pass of the student."""
+    with torch.no_grad():
+        eps = unet(torch.cat([z, z]), torch.cat([t, t]), torch.cat([c, empty])).float()
+        e_teacher = ppdd.cfg(*eps.chunk(2), g)
+    y = guide(g, unet.embed_time(t), c, *((z, t) if guide.reads_latent else ()))
+    return (unet(z, t, c, y).float() - e_teacher).square().mean()
+
+
+# -- measuring
+
+def run_length(config: SpeedConfig) -> int:
+    """Steps of the run whose time is shared out over them as that of a step."""
+    return 2 if config.device == "cpu" else 8
+
+
+def race(calls: dict[str, Callable], config: SpeedConfig, warm: int = True) -> dict[str, dict]:
+    """Milliseconds and peak memory of calls that take turns, round by round, once warm."""
+    device, told = torch.device(config.device), {name: {"rounds": []} for name in calls}
+    warm = 3 if config.compile or device.type == "cuda" else warm
+    for k in tqdm(range(warm + config.rounds), desc=f"{next(iter(calls))} …", leave=False):
+        for name, call in calls.items():
+            counted, n = reset_peak(device), run_length(config) if name.endswith(" step") else 1
+            start = time.perf_counter()
+            call()
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            took = 1000 * (time.perf_counter() - start) / n
+            if k >= warm:
+                told[name]["rounds"].append(round(took, 4))
+                told[name]["GiB"] = round(peak(device) / 2**30, 3) if counted else None
+    for entry in told.values():
+        low, entry["ms"], high = np.percentile(entry["rounds"], (25, 50, 75)).round(4).tolist()
+        entry["quartiles"] = [low, high]
+    return told
+
+
+def reset_peak(device: torch.device) -> bool:
+    """Begins a new peak of memory, the GPU's or this process's; False where none can be had."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+    else:
+        try:
+            Path("/proc/self/clear_refs").write_text("5")      # Linux: VmHWM is the size of now
+        except OSError:
+            return False
+    return True
+
+
+def peak(device: torch.device) -> int:
+    """Bytes allocated at most since `reset_peak`, weights included; of a CPU, resident ones."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return 1024 * int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0])
+
+
+def machine_rates(config: SpeedConfig) -> dict[str, float]:
+    """The fastest of ten products of square matrices, and of ten copies, in this dtype."""
+    n = 8192 if config.device != "cpu" else 2048 if config.size == "sd15" else 1024
+    a, b = torch.randn(2, n, n, device=config.device).to(dtype_of(config))
+    big, other = torch.zeros(2, 2**26 if config.size == "sd15" else 2**23, device=config.device)
+    told = race({"matrix": lambda: a @ b, "copy": lambda: big.copy_(other)},
+                replace(config, rounds=10))
+    fastest = {name: min(entry["rounds"]) / 1000 for name, entry in told.items()}
+    return {"matrix, TFLOP/s": round(2 * n**3 / fastest["matrix"] / 1e12, 4),
+            "copy, GB/s, read and written": round(2 * big.nbytes / fastest["copy"] / 1e9, 2)}
+
+
+def speed_macs(nets: Networks, steps: tuple[int, ...]) -> dict[str, int]:
+    """Multiply-accumulates of the things raced, for one picture, attention included."""
+    once = {name: told.all for name, told in passes(nets).items()}
+    unet, hint, text = (once[name] for name in ("base UNet", "hint encoder", "text encoder"))
+    step = {"CFG": 2 * unet, "full": unet + once["full guide"] - hint,
+            "tiny": unet + once["tiny guide, as computed"]}
+    ends = {"CFG": text, "full": hint, "tiny": 0}        # beside what every picture begins and ends
+    parts = {"UNet pass": unet, "VAE decode": once["VAE decoder"], "text encoding": text}
+    return parts | {f"{method} step": macs for method, macs in step.items()} | {
+        f"{method} picture, {n} steps": n * macs + ends[method] + text + once["VAE decoder"]
+        for method, macs in step.items() for n in steps}
+
+
+def speed_row(name: str, side: int, batch: int, told: dict, macs: dict[str, int],
+              limit: dict[str, float]) -> dict:
+    """What was measured, and what follows from it."""
+    row, seconds = {"what": name, "side": side, "batch": batch, **told}, told["ms"] / 1000
+    if name.removeprefix(PEER) in macs:
+        done = batch * macs[name.removeprefix(PEER)]
+        row |= {"GMACs": done / 1e9, "TFLOP/s": 2 * done / seconds / 1e12}
+        row["of the matrix rate"] = row["TFLOP/s"] / limit["matrix, TFLOP/s"]
+    if "picture" in name or "update" in name:
+        row["images/s"] = batch / seconds
+    if "update" in name:
+        row["hours for 3,000 updates of 64"] = 3000 * 64 / row["images/s"] / 3600
+    return {key: round(value, 5) if isinstance(value, float) else value
+            for key, value in row.items()}
+
+
+def speed_ratios(rows: list[dict]) -> list[dict]:
+    """Guides beside CFG, ours beside the peer's, shared beside naive: medians over the rounds."""
+    found, by_name = [], {(row["what"], row["side"], row["batch"]): row for row in rows}
+    for (name, side, batch), row in by_name.items():
+        rival = re.sub("^(full|tiny) ", "CFG ", name)
+        for other in dict.fromkeys((rival, PEER + name, PEER + rival, f"{name}, naive")):
+            if other != name and (beside := by_name.get((other, side, batch))):
+                pairs = zip(row["rounds"], beside["rounds"])
+                found.append({"side": side, "batch": batch, "ratio": f"{name} / {other}",
+                              "median": round(statistics.median(a / b for a, b in pairs), 4)})
+    return found
+
+
+def speed_protocol(config: SpeedConfig) -> dict:
+    """How it was measured."""
+    cpu = config.device == "cpu"
+    return {
+        "weights": "random, seed 0", "g": SPEED_G, "dtype": str(dtype_of(config)),
+        "compiled": config.compile,
+        "milliseconds": f"median and quartiles of {config.rounds} rounds in which everything "
+                        "takes turns, once warm; ratios are medians of each round's own",
+        "a step": f"a run of {run_length(config)} steps through ppdd.sample, by their number",
+        "a picture": "text encoder, sampling, VAE; diffusers': StableDiffusionPipeline, DDIM",
+        "memory": "peak resident size of the process, with all networks of this command in it" if
+                  cpu else "peak allocated on the GPU, with all networks of this command on it",
+        "arithmetic": "two operations a multiply-accumulate, attention's products included, of "
+                      "plain passes: what a run computes once counts in each of its steps",
+        "an update": "forward, backward and AdamW, from latents and text states; the base in the "
+                     "dtype above, the guide in float32 under autocast",
+        **surroundings(config, "diffusers", "transformers")}
+
+
+def speed_markdown(result: dict) -> str:
+    """The page beside the result file."""
+    def cell(row: dict, key: str, form: str) -> str:
+        return format(row[key], form) if row.get(key) is not None else ""
+
+    lines = [[row["what"], f"{row['side']} × {row['side']}", row["batch"], f"{row['ms']:,.4g}",
+              " … ".join(f"{q:,.4g}" for q in row["quartiles"]), cell(row, "images/s", ".3g"),
+              cell(row, "GiB", ".2f"), cell(row, "TFLOP/s", ".3g"),
+              cell(row, "of the matrix rate", ".0%"),
+              cell(row, "hours for 3,000 updates of 64", ",.3g")] for row in result["rows"]]
+    head = ["", "latents", "batch", "ms", "quartiles", "images/s", "peak GiB", "TFLOP/s",
+            "of the limit", "hours for 3,000 updates of 64"]
+    ratios = [[r["ratio"], f"{r['side']} × {r['side']}", r["batch"], f"{r['median']:.3f}"]
+              for r in result["ratios"]]
+    told = listed(result["limit"] | {f"{name}, difference from diffusers": value for name, value in
+                                     result["checked"].items()})
+    return "\n".join([f"# Speed, {result['size']}", "", *table(head, lines, "---:"), "",
+                      *table(["ratio of times", "latents", "batch", ""], ratios, "---:"), "", *told,
+                      *protocol_lines(result["protocol"]),
+                      *(f"- left out: {said}" for said in result["left out"])]) + "\n"
+
+
+# -- the peer
+
+def build_peer(base: Base):
+    """diffusers' StableDiffusionPipeline over the base's own weights: nothing is copied."""
+    try:
+        from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline
+        from diffusers import UNet2DConditionModel as PeerUNet
+        from diffusers.loaders import single_file_utils as official
+        from transformers import CLIPTextConfig, CLIPTextModel
+    except ImportError as error:
+        raise BadInput(f"--peer needs a package that is missing: pip install diffusers "
+                       f"transformers ({error})") from None
+    u, v, t = base.unet.config, base.vae.config, base.text.config
+    levels, place = len(v.ch_mult), {True: "CrossAttn", False: ""}
+    with torch.device("meta"):
+        unet = PeerUNet(
+            in_channels=u.in_channels, out_channels=u.out_channels,
+            block_out_channels=[u.model_channels * m for m in u.channel_mult],
+            down_block_types=[f"{place[a]}DownBlock2D" for a in u.attention],
+            up_block_types=[f"{place[a]}UpBlock2D" for a in reversed(u.attention)],
+            layers_per_block=u.num_res_blocks, cross_attention_dim=u.context_dim,
+            attention_head_dim=u.num_heads, norm_num_groups=u.norm_groups)
+        vae = AutoencoderKL(
+            in_channels=v.in_channels, out_channels=v.out_channels, latent_channels=v.z_channels,
+            block_out_channels=[v.ch * m for m in v.ch_mult], layers_per_block=v.num_res_blocks,
+            down_block_types=["DownEncoderBlock2D"] * levels, norm_num_groups=v.norm_groups,
+            up_block_types=["UpDecoderBlock2D"] * levels, scaling_factor=v.scale_factor)
+    text = CLIPTextModel(CLIPTextConfig(
+        vocab_size=t.vocab_size, hidden_size=t.width, intermediate_size=4 * t.width,
+        num_hidden_layers=t.layers, num_attention_heads=t.heads, hidden_act="quick_gelu",
+        max_position_embeddings=t.positions, bos_token_id=49406, eos_token_id=49407))
+    for theirs, ours, prefix, convert in (
+            (unet, base.unet, "model.diffusion_model.", official.convert_ldm_unet_checkpoint),
+            (vae, base.vae, "first_stage_model.", official.convert_ldm_vae_checkpoint)):
+        named = {prefix + name: p for name, p in ours.state_dict().items()}
+        theirs.load_state_dict(convert(named, dict(theirs.config)), assign=True)
+    prefix = "text_model." * next(iter(text.state_dict())).startswith("text_model.")
+    text.load_state_dict({prefix + name: p for name, p in base.text.state_dict().items()},
+                         assign=True)
+    for module in (unet, vae, text.to(base.text.final_layer_norm.weight.device)):
+        module.eval().requires_grad_(False)
+    scheduler = DDIMScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False,
+        set_alpha_to_one=True, timestep_spacing="trailing", steps_offset=1)
+    pipe = StableDiffusionPipeline(vae, text, None, unet, scheduler, None, None,
+                                   requires_safety_checker=False)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def check_peer(config: SpeedConfig, base: Base, pipe) -> dict[str, float]:
+    """By how much the peer's outputs differ from ours. Raises BadInput where by more than AGREE."""
+    task = Task(config, base, {}, pipe, min(config.side), 1)
+    calls, found = task.parts(), {}
+    ours = {name: calls[name]() for name in ("UNet pass", "VAE decode", "text encoding")}
+    theirs = {name: calls[PEER + name]()[0] for name in ours}
+    ours["CFG picture, 2 steps"] = task.sample("CFG", 2, task.c, task.empty)
+    theirs["CFG picture, 2 steps"] = task.theirs(2, "latent")
+    for name, mine in ours.items():
+        other = theirs[name].float()
+        found[name] = ((mine.float() - other).abs().max() / other.abs().max()).item()
+    dtype = next(name for name, kind in DTYPES.items() if kind == dtype_of(config))
+    refuse(*((not off <= AGREE[dtype], f"{name}: diffusers' output is off ours by {off:.2g} of its "
+              f"largest value, more than {AGREE[dtype]:g}: a comparison would mean nothing")
+             for name, off in found.items()))
+    return found
+
+
 # ------------------------------------------------------------------------------- command line
 
 COMMANDS = {"fid": run_fid, "clip": run_clip, "table1": run_table1, "table2": table2,
             "table3": table3, "match": match, "fig5": fig5, "fig6": fig6, "fig7": fig7,
-            "fig8": fig8, "quality": quality}
+            "fig8": fig8, "quality": quality, "speed": speed}
 
 
 class Parser(argparse.ArgumentParser):
@@ -2060,15 +2366,16 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message}\n")
 
 
-def command_line() -> Parser:
-    """The command and its paths, and one flag for every other field of `Config`."""
+def command_line(kind: type) -> Parser:
+    """The command and its paths, and one flag for every other field of a configuration."""
     parser = Parser(prog="eval.py", description=__doc__.splitlines()[0])
-    command, paths, *flags = fields(Config)
+    command, *flags = fields(kind)
     parser.add_argument(command.name, choices=tuple(COMMANDS), **command.metadata)
-    parser.add_argument(paths.name, nargs="*", **paths.metadata)
     for f in flags:
         flag, more = "--" + f.name.replace("_", "-"), dict(f.metadata)
-        if isinstance(f.default, bool):
+        if f.name == "paths":
+            parser.add_argument(f.name, nargs="*", **more)
+        elif isinstance(f.default, bool):
             parser.add_argument(flag, action="store_true", **more)
         elif isinstance(f.default, tuple):
             parser.add_argument(flag, nargs="+", action="extend", default=[], **more)
@@ -2078,17 +2385,24 @@ def command_line() -> Parser:
     return parser
 
 
-def settle(config: Config) -> Config:
-    """The configuration with its device decided. Raises BadInput for what no command can use."""
-    device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
+def find_device(device: str) -> str:
+    """The device asked for, else a GPU, else the CPU. Raises BadInput where it is not there."""
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     there = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": torch.backends.mps.is_available()}
     try:
         asked = torch.device(device)
     except RuntimeError:
         raise BadInput(f"--device {device}: cpu, cuda or cuda:1, for example") from None
-    for wrong, sentence in (
-        ((asked.index or 0) >= there.get(asked.type, 0),
-         f"--device {device}: there is none here; leave it out, or pass cpu"),
+    refuse(((asked.index or 0) >= there.get(asked.type, 0),
+            f"--device {device}: there is none here; leave it out, or pass cpu"))
+    return device
+
+
+def settle(config: Config) -> Config:
+    """The configuration with its device decided. Raises BadInput for what no command can use."""
+    device = find_device(config.device)
+    refuse(
+        (config.command == "speed", "speed comes first, before its flags"),
         (not 1 <= config.batch <= 4096, f"--batch {config.batch}: from 1 to 4096"),
         (not 0 <= config.seed < 2**31, f"--seed {config.seed}: from 0 to {2**31 - 1}"),
         (config.count < 0, f"--count {config.count}: a number of pictures, or 0 for all"),
@@ -2096,30 +2410,31 @@ def settle(config: Config) -> Config:
          f"{config.command} takes no paths, and got {' '.join(config.paths)}"),
         (config.count and config.command in ("fid", "clip", "table1"),
          f"--count {config.count}: {config.command} takes all there are; leave it out"),
-        (int(os.environ.get("WORLD_SIZE", 1)) > 1 and config.command not in ("table2", "table3"),
-         f"{config.command} runs in one process: leave out torchrun"),
-    ):
-        if wrong:
-            raise BadInput(sentence)
+        (world() > 1 and config.command not in ("table2", "table3"),
+         f"{config.command} runs in one process: leave out torchrun"))
     return replace(config, device=device)
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = command_line()
+    argv = sys.argv[1:] if argv is None else argv
+    kind, decide = (SpeedConfig, settle_speed) if argv[:1] == ["speed"] else (Config, settle)
+    parser = command_line(kind)
     given = {k: tuple(v) if isinstance(v, list) else v
              for k, v in vars(parser.parse_intermixed_args(argv)).items()}
     try:
-        config = settle(Config(**given))
+        config = decide(kind(**given))
         COMMANDS[config.command](config)
     except KeyboardInterrupt:
         parser.exit(130, "stopped\n")
     except torch.cuda.OutOfMemoryError:
-        parser.error(f"out of GPU memory: pass --batch below {given['batch']}")
+        parser.error("out of GPU memory: pass a smaller --batch")
     except OSError as error:
         named = error.filename2 or error.filename or "a file"
         parser.error(f"{named}: {error.strerror or error}")
     except (BadInput, CheckpointError, ImportError) as error:
         parser.error(str(error))
+    except torch._dynamo.exc.TorchDynamoException as error:
+        parser.error(f"--compile can't be used here, leave it out ({str(error).splitlines()[0]})")
 
 
 if __name__ == "__main__":

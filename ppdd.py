@@ -21,8 +21,8 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -642,19 +642,26 @@ def quick_attention(device: torch.device | str) -> AbstractContextManager:
     return nullcontext()
 
 
-def save_tensors(path: str | Path, tensors: dict[str, Tensor],
-                 metadata: dict[str, str] | None = None) -> None:
-    """Write a safetensors file under a temporary name, then rename: never half a file."""
+@contextmanager
+def written(path: str | Path) -> Iterator[Path]:
+    """A temporary name beside path, renamed to it at the end: never half a file."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        tensors = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
-        save_file(tensors, temporary, metadata)
-        temporary.chmod(0o644)
+        yield temporary
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def save_tensors(path: str | Path, tensors: dict[str, Tensor],
+                 metadata: dict[str, str] | None = None) -> None:
+    """Writes a safetensors file that others may read: never half of it."""
+    with written(path) as temporary:
+        tensors = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
+        save_file(tensors, temporary, metadata)
+        temporary.chmod(0o644)
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

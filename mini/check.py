@@ -80,9 +80,13 @@ def measure(count: int, seed: int) -> dict:
 
 
 def commit() -> str:
-    asked = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=10"], cwd=ROOT,
-                           capture_output=True, text=True)
-    return asked.stdout.strip()
+    """As eval.py's: a script imports no script."""
+    try:
+        asked = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=10"],
+                               cwd=ROOT, capture_output=True, text=True)
+    except OSError:
+        return "unknown"
+    return asked.stdout.strip() or "unknown"
 
 
 if __name__ == "__main__":
@@ -92,8 +96,6 @@ if __name__ == "__main__":
     parser.add_argument("--out", default=str(ROOT / "results" / "mini.json"), help="(%(default)s)")
     options = parser.parse_args()
     text = json.dumps(measure(options.count, options.seed), indent=1) + "\n"
-    Path(options.out).parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(options.out).with_suffix(".tmp")
-    temporary.write_text(text)
-    temporary.replace(options.out)
+    with ppdd.written(options.out) as temporary:
+        temporary.write_text(text)
     print(text)

@@ -234,7 +234,7 @@ def weights():
             module.running_mean.normal_(0, 0.1)
             module.running_var.uniform_(0.5, 1.5)
     fc = {"fc.weight": torch.randn(1008, 2048), "fc.bias": torch.randn(1008)}
-    return network.state_dict() | fc
+    return network.net.state_dict() | fc
 
 
 @pytest.fixture
@@ -358,6 +358,7 @@ def test_a_local_file_is_open_clip_s(small_clip, file):
     other = ours.load_clip(spec.replace(file, "plain.safetensors")).images(pictures)
     assert torch.allclose(other, clip.images(pictures), atol=1e-5) != quick
     assert clip.name == spec and len(clip.protocol["sha256"]) == 64
+    assert clip.protocol["activation"] == ("QuickGELU" if quick else "GELU")
 
 
 @pytest.mark.parametrize("height, width", [(120, 70), (31, 64)])
@@ -490,8 +491,7 @@ def test_one_caption_an_image_of_coco(tmp_path, name):
     ("MS-COCO_val2014_30k_captions.csv",
      ',image_id,caption\n0,1,"a boat, red"\n1,2,a house\n2,3,car\n'),
     ("with_text.csv", '\ufefftext,file\n"a boat, red",a b.jpg\na house,b c.jpg\ncar,c d.jpg\n'),
-    ("unnamed.tsv", "1\ta boat, red\tb.jpg\n2\ta house\tc.jpg\n3\tcar\td.jpg\n"),
-    ("odd.csv", "key,sentence\r\n1,\"a boat, red\"\r\n2,a house\r\n3,car\r\n"),
+    ("Windows.CSV", "key, Caption\r\n1,\"a boat, red\"\r\n2,a house\r\n3,car\r\n4\r\n"),
 ])
 def test_prompts_of_a_table(tmp_path, name, text):
     (tmp_path / name).write_bytes(text.encode())
@@ -511,7 +511,7 @@ def test_prompts_are_drawn_by_seed_in_the_file_s_order(tmp_path):
 @pytest.mark.parametrize("name, data, said", [
     ("a.txt", b"\n \n", "no prompt"), ("a.txt", b"\xff\xfe\x00", "UTF-8"),
     ("a.json", b"[1]", "COCO"), ("a.json", b"{", "COCO"), ("a.json", b'{"annotations": [1]}', "CO"),
-    ("a.csv", b"", "which column"), ("a.csv", b"a,b\na b,c d\n", "which column"),
+    ("a.csv", b"", "no column is called caption"), ("a.csv", b"a,b\na b,c d\n", "no column"),
     ("a.tsv", b"id\tcaption\n", "no prompt"), ("b.txt", None, "no such file")])
 def test_prompts_that_are_none(tmp_path, name, data, said):
     if data is not None:
@@ -534,6 +534,8 @@ def test_the_distance_of_two_folders(here, capsys, clip):
     assert {"hardware", "versions", "commit"} <= set(result)
     assert "Resize" in result["network"]["resize"]
     ours.main(["fid", "a", "--save", "a.npz"])
+    ours.main(["fid", "a", "--save", "named so"])            # what is no .npz could not be read
+    assert (here / "named so.npz").stat().st_size == (here / "a.npz").stat().st_size
     assert list(here.glob(".*")) == []
     stored, _ = result_of(capsys, "fid", "a.npz", "b")
     assert stored["value"] == pytest.approx(result["value"], rel=1e-5)
@@ -623,7 +625,7 @@ def test_a_file_is_never_half_written(here):
     ours.write_json("results/a.json", {"a": 1})
     with pytest.raises(ValueError):
         ours.write_json("results/a.json", {"a": float("nan")})
-    with pytest.raises(OSError), ours.written(here / "results/a.json") as temporary:
+    with pytest.raises(OSError), ppdd.written(here / "results/a.json") as temporary:
         temporary.write_text("half of it")
         raise OSError("no space left")
     assert os.listdir("results") == ["a.json"]

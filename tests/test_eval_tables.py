@@ -16,13 +16,15 @@ from test_sample import TEXT, UNET, VAE_CONFIG, write_base
 
 import eval as tables
 import ppdd
-from eval import load_clip
+from eval import Row, load_clip
 from mini import postcards
 from mini.judge import load_judge
 
 ROOT = Path(__file__).resolve().parent.parent
 STEPS = 2
-PLAIN = (("none", STEPS, "ddim"), ("cfg", STEPS, "ddim"), ("cfg", STEPS, "plms"))
+PLAIN = (Row("none-2", "no guidance, 2 steps", "none", STEPS, only_g=0.0),
+         Row("cfg-2", "CFG, DDIM, 2 steps", "cfg", STEPS),
+         Row("cfg-plms-2", "CFG, PLMS, 2 steps", "cfg", STEPS, "plms"))
 GUIDES = ("full", "tiny", "tiny-8-g8")
 FEW = "--count 3 --batch 2 --seeds 2 --references 24 --repeats 1".split()
 
@@ -184,7 +186,7 @@ def test_two_processes_give_what_one_gives(here):
     shutil.rmtree("results"), shutil.rmtree("runs")
     Path("short.py").write_text(
         f"import sys; sys.path.insert(0, {str(ROOT)!r})\nfrom pathlib import Path\n"
-        "import eval as tables, ppdd, torch\ntorch.set_num_threads(1)\n"
+        "import eval as tables, ppdd, torch\nfrom eval import Row\ntorch.set_num_threads(1)\n"
         f"ppdd.MINI, tables.STAGE_ONE = Path({str(ppdd.MINI)!r}), {STEPS}\n"
         f"tables.PLAIN, tables.GUIDES = {PLAIN}, {GUIDES}\ntables.main()\n")
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -259,8 +261,13 @@ def test_sentences(here, capsys, monkeypatch):
     assert "pip install matplotlib" in refusal(capsys, "quality")
 
 
-def test_accuracy_is_the_judge_s(here):
-    """Real postcards of what the prompts say are right, and those of other prompts are not."""
+def test_accuracy_is_the_judge_s(here, monkeypatch):
+    """Real postcards of what the prompts say are right, and those of other prompts are not.
+
+    Those to compare with are drawn once, for the distance and for the judge.
+    """
+    drawn, draw = [], postcards.draw
+    monkeypatch.setattr(postcards, "draw", lambda a, *more: drawn.append(len(a)) or draw(a, *more))
     base = ppdd.load_base(ppdd.MINI)
     config = tables.fill(tables.Config(command="table2", count=200, device="cpu"))
     bench = tables.Bench(config, base)
@@ -272,6 +279,7 @@ def test_accuracy_is_the_judge_s(here):
             tables.save_png(path, tables.to_image((picture * 255).round().byte()))
         assert low <= bench.score(cell)["accuracy"] <= high
     assert bench.measured_by()[tables.JUDGED] > 99
+    assert sum(drawn) == 2 * 200 + config.references
 
 
 def test_seeds_never_share_noise(here, monkeypatch):
@@ -282,7 +290,7 @@ def test_seeds_never_share_noise(here, monkeypatch):
     config = tables.fill(tables.Config(command="table2", count=3, batch=2, device="cpu"))
     bench = tables.Bench(config, base)
     for s in range(2):
-        bench.paint(tables.Cell(tables.plain_row("none", STEPS, "ddim"), 0.0, s), lambda n: None)
+        bench.paint(tables.Cell(PLAIN[0], 0.0, s), lambda n: None)
     assert len(seen) == len(set(seen)) == 6
     assert bench.prompts(0)[0] != bench.prompts(1)[0]
 
@@ -330,17 +338,32 @@ def test_match(here):
     assert "| zero | CFG's own trajectories | 100.0 |" in page
 
 
-def test_trajectories_are_ddim_s(here):
+def test_match_is_what_training_calls_unexplained(here, monkeypatch):
+    """For every guide and g, on the states of a plain CFG sampling and on noised pictures; the
+    base runs twice for all of them together."""
     base = ppdd.load_base(ppdd.MINI)
-    bench = tables.Bench(tables.Config(command="match", count=2, device="cpu"), base)
-    c, empty = base.embed(["a red boat", "a house"]), base.embed([""]).expand(2, -1, -1)
-    grid = ppdd.step_grid(STEPS)
-    states = tables.visited(bench, c, empty, 8.0, grid, 5)
-    z = ppdd.sample(base.unet, ppdd.noise([5, 6], (4, 8, 8)), c, 8.0, STEPS, empty=empty)
-    t = torch.full((2,), grid[STEPS - 1])
-    eps = ppdd.cfg(base.unet(states[-1], t, c), base.unet(states[-1], t, empty), 8.0)
-    last = ppdd.ddim_step(states[-1], eps, grid[STEPS - 1], -1)
-    assert len(states) == STEPS and (last - z).abs().max() < 1e-3
+    config = tables.Config(command="match", count=2, device="cpu", g=(2.0, 8.0))
+    bench, grid = tables.Bench(config, base), ppdd.step_grid(STEPS)
+    guides = [tables.guide_row(config, base, name) for name in ("full", "tiny")]
+    passes, encode = [], base.unet.encode
+    monkeypatch.setattr(base.unet, "encode", lambda *given: passes.append(1) or encode(*given))
+    sums = tables.unexplained(bench, guides, slice(0, 2), grid)              # (2, 2, 2, BINS, 2)
+    assert len(passes) == STEPS * 2 * (1 + len(config.g))
+    prompts, attributes = bench.prompts(0)
+    c, empty, first = base.embed(prompts), base.embed([""]).expand(2, -1, -1), bench.first(0)
+    real = tables.noised(bench, attributes, grid, first)
+    for k, g in enumerate(config.g):
+        z, drawn = ppdd.noise([first, first + 1], (4, 8, 8)), torch.full((2,), g)
+        for i, t in enumerate(grid[:-1]):
+            for j, at in enumerate((real[i], z)):
+                for r, row in enumerate(guides):
+                    told = ppdd.cfg_distillation(base.unet, row.guide, at, torch.full((2,), t), c,
+                                                 empty, drawn)
+                    expected = torch.stack([told.error.sum(), told.correction.sum()])
+                    assert torch.allclose(sums[r, j, k, t // 100].float(), expected, rtol=1e-3)
+            z = ppdd.ddim_step(z, told.target, t, grid[i + 1])
+        assert (z - ppdd.sample(base.unet, ppdd.noise([first, first + 1], (4, 8, 8)), c, g, STEPS,
+                                empty=empty)).abs().max() < 1e-3
 
 
 @pytest.mark.parametrize("figure", ["fig5", "fig6", "fig7"])
