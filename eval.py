@@ -211,34 +211,117 @@ INCEPTION = "pt_inception-2015-12-05-6726825d.pth"
 INCEPTION_SHA = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
 
 
-class Inception(nn.Module):
-    """The Inception v3 of FID, from 2015: torchvision's, which comes with open_clip, but for pools.
+class Unit(nn.Module):
+    """Convolution, batch norm, ReLU; `same` keeps the sides."""
 
-    Its averages leave padding out, and the last block pools by maximum. There is no classifier.
+    def __init__(self, c_in: int, c_out: int, kernel: int | tuple[int, int], stride: int = 1,
+                 same: bool = True):
+        super().__init__()
+        kernel = (kernel, kernel) if isinstance(kernel, int) else kernel
+        padding = [k // 2 if same and stride == 1 else 0 for k in kernel]
+        self.conv = nn.Conv2d(c_in, c_out, kernel, stride, padding, bias=False)
+        self.bn = nn.BatchNorm2d(c_out, eps=1e-3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(self.bn(self.conv(x)))
+
+
+class Mixed(nn.Module):
+    """Branches side by side, joined over the channels, the pooled one last.
+
+    A branch is a row of (name, channels, kernel[, stride]); a list in it is a fork whose outputs
+    are joined too. The pooled branch ends in a 1×1 unit of `pooled` channels where that is not 0.
+    """
+
+    def __init__(self, c_in: int, pool: nn.Module, pooled: int, *branches: tuple):
+        super().__init__()
+        self.pool, self.paths = pool, []
+        for branch in branches:
+            channels, path = c_in, []
+            for step in branch:
+                fork = step if isinstance(step, list) else [step]
+                for name, *sizes in fork:
+                    setattr(self, name, Unit(channels, *sizes))
+                path.append([name for name, *_ in fork])
+                channels = fork[0][1]
+            self.paths.append(path)
+        self.branch_pool = Unit(c_in, pooled, 1) if pooled else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        outputs = []
+        for path in self.paths:
+            h = x
+            for names in path:
+                h = torch.cat([getattr(self, name)(h) for name in names], dim=1)
+            outputs.append(h)
+        return torch.cat([*outputs, self.branch_pool(self.pool(x))], dim=1)
+
+
+def _average() -> nn.Module:
+    return nn.AvgPool2d(3, stride=1, padding=1, count_include_pad=False)
+
+
+def _mixed_5(c_in: int, pooled: int) -> Mixed:
+    return Mixed(c_in, _average(), pooled, (("branch1x1", 64, 1),),
+                 (("branch5x5_1", 48, 1), ("branch5x5_2", 64, 5)),
+                 (("branch3x3dbl_1", 64, 1), ("branch3x3dbl_2", 96, 3), ("branch3x3dbl_3", 96, 3)))
+
+
+def _mixed_6(c_in: int, c: int) -> Mixed:
+    return Mixed(c_in, _average(), 192, (("branch1x1", 192, 1),),
+                 (("branch7x7_1", c, 1), ("branch7x7_2", c, (1, 7)), ("branch7x7_3", 192, (7, 1))),
+                 (("branch7x7dbl_1", c, 1), ("branch7x7dbl_2", c, (7, 1)),
+                  ("branch7x7dbl_3", c, (1, 7)), ("branch7x7dbl_4", c, (7, 1)),
+                  ("branch7x7dbl_5", 192, (1, 7))))
+
+
+def _mixed_7(c_in: int, pool: nn.Module) -> Mixed:
+    return Mixed(c_in, pool, 192, (("branch1x1", 320, 1),),
+                 (("branch3x3_1", 384, 1),
+                  [("branch3x3_2a", 384, (1, 3)), ("branch3x3_2b", 384, (3, 1))]),
+                 (("branch3x3dbl_1", 448, 1), ("branch3x3dbl_2", 384, 3),
+                  [("branch3x3dbl_3a", 384, (1, 3)), ("branch3x3dbl_3b", 384, (3, 1))]))
+
+
+class Inception(nn.Module):
+    """The Inception v3 of FID, from 2015, without its classifier; names are the weight file's keys.
+
+    It is not torchvision's: averages leave padding out, and the last block pools by maximum.
     """
 
     def __init__(self):
         super().__init__()
-        from torchvision.models import Inception3
-        self.net = Inception3(aux_logits=False, init_weights=False)     # names: the file's keys
-        self.net.fc = nn.Identity()
-        average = partial(F.avg_pool2d, kernel_size=3, stride=1, padding=1, count_include_pad=False)
-        for name in ("5b", "5c", "5d", "6b", "6c", "6d", "6e", "7b"):
-            self._pool(f"Mixed_{name}", average)
-        self._pool("Mixed_7c", partial(F.max_pool2d, kernel_size=3, stride=1, padding=1))
         self.protocol = {"network": "Inception v3 (2015-12-05), 2048 features of the last pooling",
                          "resize": "299 x 299, bilinear, align_corners=False, no antialias"}
-
-    def _pool(self, name: str, pool: Callable[[Tensor], Tensor]) -> None:
-        """Gives the last of a block's branches another pool."""
-        block = getattr(self.net, name)
-        branches = block._forward
-        block._forward = lambda x: [*branches(x)[:-1], block.branch_pool(pool(x))]
+        self.Conv2d_1a_3x3 = Unit(3, 32, 3, stride=2)
+        self.Conv2d_2a_3x3 = Unit(32, 32, 3, same=False)
+        self.Conv2d_2b_3x3 = Unit(32, 64, 3)
+        self.Conv2d_3b_1x1 = Unit(64, 80, 1)
+        self.Conv2d_4a_3x3 = Unit(80, 192, 3, same=False)
+        self.Mixed_5b, self.Mixed_5c = _mixed_5(192, 32), _mixed_5(256, 64)
+        self.Mixed_5d = _mixed_5(288, 64)
+        self.Mixed_6a = Mixed(288, nn.MaxPool2d(3, 2), 0, (("branch3x3", 384, 3, 2),),
+                              (("branch3x3dbl_1", 64, 1), ("branch3x3dbl_2", 96, 3),
+                               ("branch3x3dbl_3", 96, 3, 2)))
+        self.Mixed_6b, self.Mixed_6c = _mixed_6(768, 128), _mixed_6(768, 160)
+        self.Mixed_6d, self.Mixed_6e = _mixed_6(768, 160), _mixed_6(768, 192)
+        self.Mixed_7a = Mixed(768, nn.MaxPool2d(3, 2), 0,
+                              (("branch3x3_1", 192, 1), ("branch3x3_2", 320, 3, 2)),
+                              (("branch7x7x3_1", 192, 1), ("branch7x7x3_2", 192, (1, 7)),
+                               ("branch7x7x3_3", 192, (7, 1)), ("branch7x7x3_4", 192, 3, 2)))
+        self.Mixed_7b = _mixed_7(1280, _average())
+        self.Mixed_7c = _mixed_7(2048, nn.MaxPool2d(3, stride=1, padding=1))
 
     def forward(self, pictures: Tensor) -> Tensor:
         """Pictures (B, 3, H, W) uint8 to features (B, 2048)."""
         x = F.interpolate(pictures.float() / 255, (299, 299), mode="bilinear", align_corners=False)
-        return self.net(2 * x - 1)
+        x = self.Conv2d_2b_3x3(self.Conv2d_2a_3x3(self.Conv2d_1a_3x3(2 * x - 1)))
+        x = self.Conv2d_4a_3x3(self.Conv2d_3b_1x1(F.max_pool2d(x, 3, 2)))      # (B, 192, 71, 71)
+        x = F.max_pool2d(x, 3, 2)                                              # (B, 192, 35, 35)
+        for name, block in self.named_children():
+            if name.startswith("Mixed"):
+                x = block(x)
+        return x.mean((2, 3))                                                  # (B, 2048)
 
 
 def find_inception(given: str = "") -> Path | None:
@@ -258,7 +341,7 @@ def load_inception(path: str | Path, device: str | torch.device = "cpu") -> Ince
         raise BadInput(f"{path} {found}: pass {INCEPTION} from pytorch-fid's releases")
     state = torch.load(path, map_location="cpu", weights_only=True)
     network = Inception()
-    network.net.load_state_dict({k: v for k, v in state.items() if not k.startswith("fc.")})
+    network.load_state_dict({k: v for k, v in state.items() if not k.startswith("fc.")})
     network.protocol = {**network.protocol, "sha256": digest}
     return network.to(device).eval().requires_grad_(False)
 

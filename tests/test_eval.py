@@ -234,7 +234,7 @@ def weights():
             module.running_mean.normal_(0, 0.1)
             module.running_var.uniform_(0.5, 1.5)
     fc = {"fc.weight": torch.randn(1008, 2048), "fc.bias": torch.randn(1008)}
-    return network.net.state_dict() | fc
+    return network.state_dict() | fc
 
 
 @pytest.fixture
