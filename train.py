@@ -188,6 +188,74 @@ def _halves(start: int, end: int) -> bool:
     return 1 <= end <= start <= 1000 and start % end == 0 and (start // end).bit_count() == 1
 
 
+# ------------------------------------------------------------------------------- processes
+
+def rank() -> int:
+    """Which of torchrun's processes this is; 0 without torchrun."""
+    return int(os.environ.get("RANK", 0))
+
+
+def world() -> int:
+    """How many processes torchrun started; 1 without it."""
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+@contextmanager
+def together(config: Config) -> Iterator[Config]:
+    """Meets torchrun's other processes, each on a GPU of its own where there are GPUs. One that
+    is not heard of for a minute ends them all."""
+    if world() == 1:
+        yield config
+        return
+    cuda = torch.cuda.is_available() and config.device != "cpu"
+    local = int(os.environ.get("LOCAL_RANK", -1))
+    if local < 0 or (cuda and local >= torch.cuda.device_count()):
+        raise BadInput("start several processes with torchrun, and at most one a GPU")
+    if cuda:
+        config = replace(config, device=f"cuda:{local}")
+        torch.cuda.set_device(config.device)
+    distributed.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(seconds=60))
+    try:
+        patient()
+        yield config
+    except RuntimeError as error:
+        if not isinstance(error, distributed.DistError) and "gloo" not in str(error):
+            raise
+        raise BadInput(f"another process ended, or was silent for a minute ({error}): its own "
+                       "message says why; --resume goes on from the last checkpoint") from error
+    finally:
+        patient.cache_clear()
+        distributed.destroy_process_group()
+
+
+@functools.cache
+def patient() -> distributed.ProcessGroup:
+    """Where processes wait for what one of them does alone: for hours, if need be."""
+    return distributed.new_group(backend="gloo", timeout=timedelta(hours=12))
+
+
+def wait() -> None:
+    """Until every process has come here."""
+    if world() > 1:
+        distributed.barrier(group=patient())
+
+
+def by_the_first(method: Callable) -> Callable:
+    """Only the first process does it, while the others wait."""
+    @functools.wraps(method)
+    def alone(*args) -> None:
+        if rank() == 0:
+            method(*args)
+        wait()
+    return alone
+
+
+def gather(*tensors: Tensor) -> None:
+    """Sums each over the processes, in place: what one has, all have, if the others have 0."""
+    for tensor in tensors if world() > 1 else ():
+        distributed.all_reduce(tensor)
+
+
 # ------------------------------------------------------------------------------- data
 
 class Postcards:
@@ -414,6 +482,8 @@ class Pictures:
         if not self.count:
             raise BadInput(f"--data {' '.join(given)} holds no picture with a caption and no "
                            f"prompt{self.told()}: {DATA}")
+        if self.pictured:
+            Pictures.usable(self, 0)                    # where none can be used, it says so now
 
     def examples_of(self, given: Sequence[str]) -> Iterator[Example]:
         paths = [os.path.expanduser(g) for g in given]
@@ -485,6 +555,85 @@ class Pictures:
         return self.base.vae.encode(pictures.to(device).float() / 127.5 - 1).float()
 
 
+def sync(path: Path) -> None:
+    """Returns once a file just renamed, and its name, would outlast a power cut."""
+    for part in (path, path.parent):
+        descriptor = os.open(part, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+class Cached(Pictures):
+    """Pictures whose moments and text states lie on disk in fp16, in shards of 512 rows.
+
+    Encoded once, in float32: a folder of its own for each VAE, text encoder, size and set of
+    files. A shard is written whole or not at all, so a run that is killed goes on with the next.
+    """
+
+    SHARD = 512
+
+    def __init__(self, base: Base, given: Sequence[str], size: int, cache: str):
+        super().__init__(base, given, size)
+        if not self.pictured:
+            raise BadInput("--cache is for pictures, and --data holds prompts only: leave it out")
+        weights, digest = (base.vae.state_dict(), base.text.state_dict()), hashlib.sha256()
+        for name, tensor in itertools.chain(*(w.items() for w in weights)):
+            digest.update(name.encode())
+            digest.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy())
+        digest.update(f"{size} {self.identity}".encode())
+        self.folder = Path(cache).expanduser() / digest.hexdigest()[:16]
+        self.shard = functools.lru_cache(64)(self.open)
+        shards = range(math.ceil(self.pictured / self.SHARD))
+        for number in tqdm(shards[rank()::world()], f"caching in {self.folder}", leave=False,
+                           disable=rank() > 0):
+            try:
+                self.open(number)
+            except (SafetensorError, OSError):
+                self.make(number)
+        wait()
+        self.good = torch.cat([self.open(i).get_tensor("good") for i in shards])
+
+    def open(self, number: int) -> safe_open:
+        return safe_open(self.folder / f"{number:06d}.safetensors", framework="pt")
+
+    @torch.no_grad()
+    def make(self, number: int) -> None:
+        """One shard: moments and states, and whether the picture could be used."""
+        tensors: list[tuple[Tensor, ...]] = []
+        first, end = number * self.SHARD, min((number + 1) * self.SHARD, self.pictured)
+        for start in range(first, end, 8):
+            rows = list(range(start, min(start + 8, end)))
+            found = list(self.pool.map(self.picture, rows))
+            blank = torch.zeros(3, self.size, self.size, dtype=torch.uint8)
+            pictures = torch.stack([blank if f is None else f for f in found])
+            good = torch.tensor([f is not None for f in found])
+            tensors.append((super().moments(pictures), super().prompts(rows), good))
+        moments, states, good = (torch.cat(parts).cpu() for parts in zip(*tensors))
+        path = self.folder / f"{number:06d}.safetensors"
+        ppdd.save_tensors(path, {"moments": moments.half(), "states": states.half(), "good": good})
+        sync(path)
+
+    def read(self, name: str, row: int) -> Tensor:
+        number, place = divmod(row, self.SHARD)
+        return self.shard(number).get_slice(name)[place:place + 1].float()
+
+    def usable(self, row: int) -> tuple[int, Tensor]:
+        for stand_in in stand_ins(row, self.pictured):
+            if self.good[stand_in]:
+                return stand_in, self.read("moments", stand_in)[0]
+        raise BadInput(f"--data: no picture could be used{self.told()}")
+
+    def moments(self, pictures: Tensor) -> Tensor:
+        return pictures.to(next(self.base.unet.parameters()).device)
+
+    def prompts(self, rows: list[int]) -> Tensor:
+        device = next(self.base.unet.parameters()).device
+        return torch.cat([self.read("states", row).to(device) if row < self.pictured else
+                          super(Cached, self).prompts([row]) for row in rows])
+
+
 # ------------------------------------------------------------------------------- optimisation
 
 class Muon(torch.optim.AdamW):
@@ -526,88 +675,10 @@ def rate(update: int, total: int, warmup: int = 50) -> float:
     return min(1.0, (update + 1) / warmup) * (0.05 + 0.95 * cosine)
 
 
-# ------------------------------------------------------------------------------- processes
-
-def rank() -> int:
-    """Which of torchrun's processes this is; 0 without torchrun."""
-    return int(os.environ.get("RANK", 0))
-
-
-def world() -> int:
-    """How many processes torchrun started; 1 without it."""
-    return int(os.environ.get("WORLD_SIZE", 1))
-
-
-@contextmanager
-def together(config: Config) -> Iterator[Config]:
-    """Meets torchrun's other processes, each on a GPU of its own where there are GPUs. One that
-    is not heard of for a minute ends them all."""
-    if world() == 1:
-        yield config
-        return
-    cuda = torch.cuda.is_available() and config.device != "cpu"
-    local = int(os.environ.get("LOCAL_RANK", -1))
-    if local < 0 or (cuda and local >= torch.cuda.device_count()):
-        raise BadInput("start several processes with torchrun, and at most one a GPU")
-    if cuda:
-        config = replace(config, device=f"cuda:{local}")
-        torch.cuda.set_device(config.device)
-    distributed.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(seconds=60))
-    try:
-        patient()
-        yield config
-    except RuntimeError as error:
-        if not isinstance(error, distributed.DistError) and "gloo" not in str(error):
-            raise
-        raise BadInput(f"another process ended, or was silent for a minute ({error}): its own "
-                       "message says why; --resume goes on from the last checkpoint") from error
-    finally:
-        patient.cache_clear()
-        distributed.destroy_process_group()
-
-
-@functools.cache
-def patient() -> distributed.ProcessGroup:
-    """Where processes wait for what one of them does alone: for hours, if need be."""
-    return distributed.new_group(backend="gloo", timeout=timedelta(hours=12))
-
-
-def wait() -> None:
-    """Until every process has come here."""
-    if world() > 1:
-        distributed.barrier(group=patient())
-
-
-def by_the_first(method: Callable) -> Callable:
-    """Only the first process does it, while the others wait."""
-    @functools.wraps(method)
-    def alone(*args) -> None:
-        if rank() == 0:
-            method(*args)
-        wait()
-    return alone
-
-
-def gather(*tensors: Tensor) -> None:
-    """Sums each over the processes, in place: what one has, all have, if the others have 0."""
-    for tensor in tensors if world() > 1 else ():
-        distributed.all_reduce(tensor)
-
-
 # ------------------------------------------------------------------------------- a run
 
 EXPLODED = 1000              # so many times the gradient's usual norm, and the run stops
 TOLD = ("loss", "error", "correction", "row", "stop")       # what processes tell of each example
-
-
-def sync(path: Path) -> None:
-    """Returns once a file just renamed, and its name, would outlast a power cut."""
-    for part in (path, path.parent):
-        descriptor = os.open(part, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
 
 
 def lock(folder: Path) -> TextIO:
@@ -1119,9 +1190,12 @@ def load_data(config: Config, base: Base) -> Postcards | Pictures:
     if not config.data:
         return Postcards(base, min(config.pictures, 40 * config.batch) if config.max_updates else
                          config.pictures, config.seed)
-    data = Pictures(base, config.data, postcards.SIZE if mini else config.size)
-    if data.pictured:
-        data.load([0])                                  # where none can be used, this says so now
+    size = postcards.SIZE if mini else config.size
+    data = (Cached(base, config.data, size, config.cache) if config.cache else
+            Pictures(base, config.data, size))
+    if data.pictured < len(data) and data.pictured and not config.trajectories:
+        raise BadInput("--data holds prompts without pictures beside pictures: give "
+                       "--trajectories above 0, or those prompts would never be used")
     return data
 
 
