@@ -1,5 +1,7 @@
 """What `train.py --data` reads: every form it names, and pictures as people have them."""
 
+# ruff: noqa: F401, F811 (fixtures are imported, and named again as arguments)
+
 import csv
 import io
 import json
@@ -12,14 +14,14 @@ import pytest
 import torch
 from PIL import Image, ImageOps
 from safetensors.torch import load_file
-from test_train import base, here  # noqa: F401
+from test_train import base, here
 
 import ppdd
 import train
 
 
 @pytest.fixture(scope="module")
-def loaded(base):  # noqa: F811
+def loaded(base):
     return ppdd.load_base(base)
 
 
@@ -251,7 +253,7 @@ def test_bad_pictures_are_skipped_counted_and_named_and_others_stand_in(loaded, 
 
 
 @pytest.mark.parametrize("cache", [[], ["--cache", "cache"]])
-def test_a_set_from_which_all_is_skipped_stops_at_once(base, here, capsys, cache):  # noqa: F811
+def test_a_set_from_which_all_is_skipped_stops_at_once(base, here, capsys, cache):
     (here / "set").mkdir()
     for name, content in bad_pictures().items():
         (here / "set" / name).write_bytes(content)
@@ -334,7 +336,7 @@ def test_a_cache_is_gone_on_with_and_made_anew_for_what_changes_it(loaded, tmp_p
 @pytest.mark.parametrize("given, word", [(["prompts.txt"], "prompts only"),
                                          (["prompts.txt", "set"], "--trajectories")])
 def test_prompts_alone_are_not_cached_nor_silently_left_unused(
-        base, here, capsys, given, word):  # noqa: F811
+        base, here, capsys, given, word):
     fill(here / "set", ["a"])
     (here / "prompts.txt").write_text("a prompt\n")
     flags = [w for g in given for w in ("--data", g)] + ["--cache", "cache"] * (len(given) == 1)
