@@ -322,7 +322,8 @@ def in_folder(folder: str, skip: Callable) -> Iterator[Example]:
             if suffix == ".tar":
                 yield from in_tar(f"{root}/{name}", skip)
             elif suffix.lower() in IMAGES and beside and not table:
-                text = Path(root, beside[0]).read_bytes()[:LONGEST].decode(errors="replace")
+                with open(f"{root}/{beside[0]}", "rb") as opened:
+                    text = opened.read(LONGEST).decode("utf-8-sig", errors="replace")
                 yield f"{root}/{name}", 0, -1, text
 
 
@@ -353,7 +354,7 @@ def in_tar(file: str, skip: Callable) -> Iterator[Example]:
                     half["picture"] = member.offset_data, member.size
                 elif suffix in CAPTIONS:
                     text = shard.extractfile(member).read(LONGEST)
-                    half["caption"] = text.decode(errors="replace")
+                    half["caption"] = text.decode("utf-8-sig", errors="replace")
                 if len(half) == 2:
                     yield file, *half["picture"], half["caption"]
                     del halves[key]
@@ -385,7 +386,7 @@ def in_coco(given: str, skip: Callable) -> Iterator[Example]:
     try:
         told = json.loads(file.read_bytes())
         names = {image["id"]: image["file_name"] for image in told["images"]}
-        captions = [(names[a["image_id"]], a["caption"]) for a in told["annotations"]]
+        captions = [(names[a["image_id"]], "" + a["caption"]) for a in told["annotations"]]
         places = [Path(folder)] if folder else [file.parent, file.parent / split,
                                                 file.parent.parent / split]
         root = next((p for p in places for n, _ in captions[:9] if (p / n).is_file()), None)
@@ -930,8 +931,8 @@ class Run:
         raise BadInput(
             f"the loss is {loss:.4g} and the gradient's norm {norm:.4g} (before, {usual:.4g}) at "
             f"update {self.update + 1} ({stage.title}), where {named}. The state before it is kept "
-            f"in {self.states()[-1]}: try --resume --dtype fp32, or delete that file and go on "
-            "from the one before with --resume and a lower "
+            f"in {self.folder / self.state_name()}: try --resume --dtype fp32, or delete that "
+            "file and go on from the one before with --resume and a lower "
             f"--{'halving-' * bool(stage.steps)}lr (now {stage.lr:g})")
 
     # -- the whole run
@@ -1037,6 +1038,9 @@ class Run:
         if self.average:
             yield "average.", self.average
 
+    def state_name(self) -> str:
+        return f"state-{self.stage:02d}-{self.update:08d}.safetensors"
+
     def states(self) -> list[Path]:
         """The checkpoints, oldest first."""
         return sorted(self.folder.glob("state-*.safetensors"))
@@ -1050,7 +1054,7 @@ class Run:
         state = {"stage": self.stage, "update": self.update, "recent": self.recent,
                  "base_hash": self.base_hash, "config": asdict(self.config),
                  "data": self.data.identity}
-        path = self.folder / f"state-{self.stage:02d}-{self.update:08d}.safetensors"
+        path = self.folder / self.state_name()
         ppdd.save_tensors(path, tensors | ppdd.optimizer_tensors(self.optimizer),
                           {"state": json.dumps(state)})
         sync(path)

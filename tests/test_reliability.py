@@ -40,6 +40,8 @@ def go(folder, argv, env=None):
     os.chdir(folder)
     os.environ.update(env or {})
     torch.set_num_threads(1)
+    if env:
+        train.Run.finish = lambda self: None     # the last checkpoint stays, in full precision
     with open("said", "a", buffering=1) as sys.stderr:
         train.main([str(a) for a in argv])
 
@@ -60,10 +62,15 @@ def together(folder, count, argv):
         "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}) for i in range(count)]
 
 
+def trained(folder):
+    """The guide's weights in the last checkpoint."""
+    return {k: v for k, v in load_file(states(folder)[-1]).items() if k.startswith("guide.")}
+
+
 def distance(a, b):
     """The largest difference of any weight."""
     assert set(a) == set(b)
-    return max((a[k].float() - b[k].float()).abs().max().item() for k in a)
+    return max((a[k] - b[k]).abs().max().item() for k in a)
 
 
 def flags(base, *more):
@@ -82,11 +89,13 @@ def test_a_run_killed_at_any_moment_goes_on_and_ends_bit_for_bit_the_same(base, 
     wanted, seed, kills, runs = int(os.environ.get("PPDD_KILLS", 3)), 0, 0, 0
     fill(tmp_path / "set", [f"caption {i}" for i in range(20)])
     (tmp_path / "set" / "003.png").write_bytes(b"no picture")
-    rng, began = random.Random(seed), time.monotonic()
+    rng = random.Random(seed)
     argv = flags(base, "--data", tmp_path / "set", "--cache", "cache", "--updates", "8",
                  "--halving-updates", "4", "--start-steps", "32", "--end-steps", "16",
                  "--save-every", "1", "--trajectories", "0.5", "--ema", "0.9")
     (tmp_path / "whole").mkdir()
+    start(tmp_path / "whole", ["--batch", "0"]).join()        # the server's own start takes longer
+    began = time.monotonic()
     process = start(tmp_path / "whole", argv)
     process.join()
     assert process.exitcode == 0, (tmp_path / "whole" / "said").read_text()
@@ -122,15 +131,14 @@ def test_two_processes_make_the_updates_of_one_and_a_resume_may_change_their_num
         base, tmp_path, more):
     argv = flags(base, "--updates", "20", "--end-steps", "64", "--save-every", "10", "--lr",
                  "1e-4", "--batch", "5", *more)
-    for name, steps in (("one", [(1, 20)]), ("two", [(2, 20)]), ("both", [(2, 12), (1, 20)])):
+    for name, steps in (("one", [(1, 20)]), ("two", [(2, 20)]), ("both", [(2, 10), (1, 20)])):
         folder = tmp_path / name
         folder.mkdir()
         for count, updates in steps:
             resume = ["--resume"] if states(folder) else []
-            env = [] if updates == 20 else ["--run", "runs/toy/tiny"]
-            processes = together(folder, count, [*argv, *env, *resume])
-            if updates < 20:                     # the first process is killed on its way
-                while len(states(folder)) < 1:
+            processes = together(folder, count, [*argv, *resume])
+            if updates < 20:                         # the first is killed once it has saved
+                while not states(folder):
                     time.sleep(0.01)
                 processes[0].kill()
             for process in processes:
@@ -140,8 +148,8 @@ def test_two_processes_make_the_updates_of_one_and_a_resume_may_change_their_num
                 folder / "said").read_text()
         lines = (folder / "runs/toy/tiny/log.jsonl").read_text().splitlines()
         assert len(lines) == 1                                      # one process logs
-    one, two, both = (guides(tmp_path / name)["tiny"] for name in ("one", "two", "both"))
-    assert any(v.any() for k, v in one.items() if "z3" in k)
+    one, two, both = (trained(tmp_path / name) for name in ("one", "two", "both"))
+    assert max(v.abs().max() for k, v in one.items() if "z3" in k) > 1e-4
     assert distance(one, two) <= 1e-6 and distance(one, both) <= 1e-6
 
 
