@@ -150,6 +150,8 @@ def test_forms_are_mixed_and_prompts_go_last(loaded, tmp_path):
     ("prompts.txt", b"\n \n", "no prompt"), ("noise.bin", bytes(99), "not text"),
     ("captions.json", b"{}", "COCO"), ("captions.json", b"not json", "COCO"),
     ("captions.json", b'{"images": [], "annotations": []}', "FOLDER"),
+    ("captions.json", b'{"images": [{"id": 1, "file_name": "x"}], "annotations": '
+                      b'[{"image_id": 1, "caption": null}]}', "COCO"),
     ("metadata.jsonl", b'{"text": "x"}', "file_name"), ("metadata.jsonl", b"[1]", "file_name"),
     ("metadata.csv", b"file_name,text\nx.png\n", "file_name"), ("empty.tar", b"", "no picture"),
     ("deep/x.md", b"", "does not exist"), ("no-{0..3}.tar", None, "no picture")])
