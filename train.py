@@ -14,20 +14,40 @@ from __future__ import annotations
 
 import argparse
 import copy
+import csv
+import fcntl
+import functools
+import glob
+import hashlib
+import io
+import itertools
 import json
 import math
+import os
 import random
+import re
+import shlex
+import signal
+import sqlite3
 import sys
+import tarfile
 import time
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
+from datetime import timedelta
 from pathlib import Path
+from threading import Lock
+from typing import BinaryIO, TextIO
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps
 from safetensors import SafetensorError, safe_open
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
+from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 import ppdd
@@ -35,7 +55,11 @@ from mini import postcards
 from ppdd import Base, Distilled, GuideConfig
 from unet import CheckpointError
 
-IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+CAPTIONS, METADATA = (".txt", ".caption"), ("metadata.jsonl", "metadata.csv")
+LONGEST = 2000                           # characters of a caption that are read; 77 tokens are used
+DATA = ("give a folder of pictures with .txt captions or with metadata.jsonl, tar shards, "
+        "COCO's captions.json:FOLDER, or a text file of prompts")
 
 
 class BadInput(ValueError):
@@ -53,8 +77,11 @@ class Config:
 
     guide: str = option("tiny", "which guide to train", choices=("tiny", "full"))
     weights: str = option("", "Stable Diffusion 1.5 to guide; looked for, else the miniature")
-    data: str = option("", "folder of pictures with .txt captions, or a text file of prompts, "
-                           "one a line (the miniature draws its own)")
+    data: tuple[str, ...] = option((), "a folder of pictures with .txt or .caption files, or with "
+                                       "metadata.jsonl or .csv (file_name, text); img2dataset's "
+                                       "shards: a .tar, a folder, 'shards/{00000..00012}.tar'; "
+                                       "COCO's captions.json:FOLDER; a text file of prompts, one a "
+                                       "line. May be given again (the miniature draws its own)")
     trajectories: float = option(0.0, "share of a batch taken not from noised pictures but from "
                                       "the teacher's own sampling; 1 where there are only prompts")
     size: int = option(512, "side of the training pictures, pixels (small bases: always 64)")
@@ -65,7 +92,7 @@ class Config:
     max_updates: int = option(0, "no stage is longer than this; 0: no such limit")
     start_steps: int = option(64, "the first halving's teacher takes this many steps")
     end_steps: int = option(8, "halve down to this many steps; start_steps: stage one only")
-    batch: int = option(32, "pictures an update")
+    batch: int = option(32, "pictures an update, those of all processes together")
     optimizer: str = option("", "default: what suits this base and guide",
                             choices=("adamw", "muon"))
     lr: float = option(0.0, "learning rate of stage one; 0: what suits this base and guide")
@@ -77,6 +104,9 @@ class Config:
     form: str = option("sum", "tiny: Eq. 5's sum, or g times what time and text say",
                        choices=("sum", "product"))
     pictures: int = option(6000, "the miniature's training pictures")
+    accumulate: int = option(1, "a batch is taken in so many parts, one after another, for memory")
+    checkpointing: bool = option(False, "recompute the decoder's blocks backwards, for memory")
+    cache: str = option("", "keep moments and text states of --data in this folder, fp16")
     clip: float = option(1.0, "gradients are clipped to this norm")
     ema: float = option(0.0, "a stage's guide is the running mean of its weights with this decay; "
                              "0: its last weights")
@@ -90,6 +120,7 @@ class Config:
     init: str = option("", "start stage one's guide from this file and skip stage one")
     resume: bool = option(False, "go on where the run in this folder stopped")
     save_every: int = option(500, "updates between checkpoints")
+    keep: int = option(2, "so many checkpoints are kept")
     grid_every: int = option(1000, "updates between pictures of CFG beside guide; 0: none")
 
 
@@ -115,7 +146,6 @@ def complete(config: Config, base: Base) -> Config:
     return replace(
         config, optimizer=config.optimizer or optimizer, lr=config.lr or lr,
         halving_lr=config.halving_lr or halving_lr,
-        trajectories=1.0 if Path(config.data).expanduser().is_file() else config.trajectories,
         updates=int(min(config.updates or updates, limit)),
         halving_updates=int(min(config.halving_updates or halving_updates, limit)),
         run=config.run or f"runs/{base.name}/{name}")
@@ -127,12 +157,18 @@ def check(config: Config) -> None:
     for wrong, sentence in (
         (not (0 <= low <= high < 100 and high > 0),
          f"--g-range {low:g} {high:g}: give LOW <= HIGH, from 0 to 100, and not both 0"),
-        (config.batch < 1, f"--batch {config.batch}: at least 1"),
-        (config.size % 64 or config.size < 64, f"--size {config.size}: a multiple of 64 pixels"),
+        (not 1 <= config.batch <= 65536, f"--batch {config.batch}: from 1 to 65536"),
+        (not 1 <= config.accumulate * world() <= config.batch,
+         f"--accumulate {config.accumulate}: at least 1, and at most --batch {config.batch} "
+         "over the number of processes"),
+        (config.size % 64 or not 64 <= config.size <= 2048,
+         f"--size {config.size}: a multiple of 64 pixels, at most 2048"),
+        (config.keep < 1, f"--keep {config.keep}: at least 1"),
+        (config.cache != "" and not config.data, "--cache is for pictures of --data: give some"),
         (min(config.updates, config.halving_updates, config.max_updates, config.grid_every) < 0,
          "a number of updates can't be negative"),
         (config.save_every < 1, f"--save-every {config.save_every}: at least 1"),
-        (config.pictures < 1, f"--pictures {config.pictures}: at least 1"),
+        (not 1 <= config.pictures <= 10**6, f"--pictures {config.pictures}: from 1 to 1000000"),
         (not (0 <= config.lr < 1 and 0 <= config.halving_lr < 1), "a learning rate is from 0 to 1"),
         (not config.clip > 0, f"--clip {config.clip}: a norm above 0"),
         (not 0 <= config.trajectories <= 1, f"--trajectories {config.trajectories}: from 0 to 1"),
@@ -140,8 +176,11 @@ def check(config: Config) -> None:
         (not 0 <= config.seed < 2**31, f"--seed {config.seed}: from 0 to 2147483647"),
         (not _halves(config.start_steps, config.end_steps), "--start-steps must be --end-steps "
          "times a power of two, at most 1000: 64 and 8, for example"),
-        (config.device.startswith("cuda") and not torch.cuda.is_available(),
-         f"--device {config.device}: no CUDA device here; leave it out or pass cpu"),
+        (not re.fullmatch(r"(cpu|cuda(:\d)?)?", config.device),
+         f"--device {config.device}: cpu, cuda or cuda:0, cuda:1, …"),
+        (config.device.startswith("cuda")
+         and int(config.device[5:] or 0) >= torch.cuda.device_count(),
+         f"--device {config.device}: no such CUDA device here; leave it out or pass cpu"),
     ):
         if wrong:
             raise BadInput(sentence)
@@ -151,21 +190,93 @@ def _halves(start: int, end: int) -> bool:
     return 1 <= end <= start <= 1000 and start % end == 0 and (start // end).bit_count() == 1
 
 
+# ------------------------------------------------------------------------------- processes
+
+def rank() -> int:
+    """Which of torchrun's processes this is; 0 without torchrun."""
+    return int(os.environ.get("RANK", 0))
+
+
+def world() -> int:
+    """How many processes torchrun started; 1 without it."""
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+@contextmanager
+def together(config: Config) -> Iterator[Config]:
+    """Meets torchrun's other processes, each on a GPU of its own where there are GPUs. One that
+    is not heard of for a minute ends them all."""
+    if world() == 1:
+        yield config
+        return
+    cuda = torch.cuda.is_available() and config.device != "cpu"
+    local = int(os.environ.get("LOCAL_RANK", -1))
+    if local < 0 or (cuda and local >= torch.cuda.device_count()):
+        raise BadInput("start several processes with torchrun, and at most one a GPU")
+    if cuda:
+        config = replace(config, device=f"cuda:{local}")
+        torch.cuda.set_device(config.device)
+    distributed.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(seconds=60))
+    try:
+        patient()
+        yield config
+    except RuntimeError as error:
+        if not isinstance(error, distributed.DistError) and "gloo" not in str(error):
+            raise
+        raise BadInput(f"another process ended, or was silent for a minute ({error}): its own "
+                       "message says why; --resume goes on from the last checkpoint") from error
+    finally:
+        patient.cache_clear()
+        distributed.destroy_process_group()
+
+
+@functools.cache
+def patient() -> distributed.ProcessGroup:
+    """Where processes wait for what one of them does alone: for hours, if need be."""
+    return distributed.new_group(backend="gloo", timeout=timedelta(hours=12))
+
+
+def wait() -> None:
+    """Until every process has come here."""
+    if world() > 1:
+        distributed.barrier(group=patient())
+
+
+def by_the_first(method: Callable) -> Callable:
+    """Only the first process does it, while the others wait."""
+    @functools.wraps(method)
+    def alone(*args) -> None:
+        if rank() == 0:
+            method(*args)
+        wait()
+    return alone
+
+
+def gather(*tensors: Tensor) -> None:
+    """Sums each over the processes, in place: what one has, all have, if the others have 0."""
+    for tensor in tensors if world() > 1 else ():
+        distributed.all_reduce(tensor)
+
+
 # ------------------------------------------------------------------------------- data
 
 class Postcards:
     """The miniature's own pictures and captions, drawn and encoded once, kept in memory."""
 
+    identity, skipped = "postcards", ()
+
     def __init__(self, base: Base, count: int, seed: int):
         generator, rng = torch.Generator().manual_seed(seed), random.Random(seed)
         device, moments, states = next(base.unet.parameters()).device, [], []
+        self.texts: list[str] = []
         attributes = postcards.sample_attributes(count, generator)
         for part in tqdm(attributes.split(250), desc="drawing postcards", leave=False):
             pictures = postcards.draw(part, generator=generator).to(device)
             moments.append(base.vae.encode(pictures * 2 - 1))
-            states.append(base.embed([postcards.caption(a, rng) for a in part]).half())
-        self.moments, self.states = torch.cat(moments), torch.cat(states)
-        self.side = self.moments.shape[-1]
+            self.texts += [postcards.caption(a, rng) for a in part]
+            states.append(base.embed(self.texts[-len(part):]).half())
+        self.encoded, self.states = torch.cat(moments), torch.cat(states)
+        self.side, self.pictured = self.encoded.shape[-1], count
 
     def examples(self, count: int) -> list[str]:
         """Prompts for the pictures that show how far the guide is."""
@@ -174,81 +285,356 @@ class Postcards:
                 for a in postcards.sample_attributes(count, generator)]
 
     def __len__(self) -> int:
-        return len(self.moments)
+        return self.pictured
 
-    def __getitem__(self, rows: list[int]) -> tuple[Tensor, Tensor]:
-        """Moments (B, 2 Z, H, W) and prompt states (B, L, D)."""
-        return self.moments[rows], self.prompts(rows)
+    def load(self, rows: list[int]) -> tuple[list[int], Tensor]:
+        """Rows, and what `moments` makes moments (B, 2 Z, H, W) of."""
+        return rows, torch.tensor(rows)
+
+    def moments(self, rows: Tensor) -> Tensor:
+        return self.encoded[rows]
 
     def prompts(self, rows: list[int]) -> Tensor:
-        """The prompt states alone."""
+        """Prompt states (B, L, D)."""
         return self.states[rows].float()
 
+    def captions(self, rows: list[int]) -> list[str]:
+        return [self.texts[row] for row in rows]
 
-class Folder:
-    """Pictures with captions beside them (cat.jpg, cat.txt), encoded as they are needed."""
+    def told(self) -> str:
+        return ""
 
-    def __init__(self, base: Base, folder: str, size: int):
-        self.base, self.size, self.side = base, size, size // 8
-        root = Path(folder).expanduser()
-        if not root.is_dir():
-            raise BadInput(f"--data {folder} is not a folder: "
-                           "give one of pictures with .txt captions")
-        self.files = [f for f in sorted(root.rglob("*")) if f.suffix.lower() in IMAGES
-                      and f.with_suffix(".txt").is_file()]
-        if not self.files:
-            raise BadInput(f"--data {folder} holds no picture with a caption: "
-                           "cat.jpg needs cat.txt")
 
-    def __len__(self) -> int:
-        return len(self.files)
+# An example is (file, first byte, number of bytes, caption); −1 bytes: the whole file. A prompt
+# without a picture has no file.
+Example = tuple[str, int, int, str]
 
-    def __getitem__(self, rows: list[int]) -> tuple[Tensor, Tensor]:
-        files, device = [self.files[i] for i in rows], next(self.base.unet.parameters()).device
-        pictures = torch.stack([self.picture(f) for f in files]).to(device)
-        return self.base.vae.encode(pictures).float(), self.prompts(rows)
 
-    def prompts(self, rows: list[int]) -> Tensor:
-        return self.base.embed([self.caption(self.files[i]) for i in rows]).float()
+def in_folder(folder: str, skip: Callable) -> Iterator[Example]:
+    """Pictures with .txt or .caption beside them, what a metadata file lists, and tar shards."""
+    for root, inside, names in os.walk(folder):
+        inside.sort()
+        there, table = set(names), [n for n in METADATA if n in names]
+        if table:
+            inside.clear()
+            yield from in_table(f"{root}/{table[0]}", skip)
+        for name in sorted(names):
+            stem, suffix = os.path.splitext(name)
+            beside = [stem + s for s in CAPTIONS if stem + s in there]
+            if suffix == ".tar":
+                yield from in_tar(f"{root}/{name}", skip)
+            elif suffix.lower() in IMAGES and beside and not table:
+                with open(f"{root}/{beside[0]}", "rb") as opened:
+                    text = opened.read(LONGEST).decode("utf-8-sig", errors="replace")
+                yield f"{root}/{name}", 0, -1, text
 
-    def examples(self, count: int) -> list[str]:
-        return [self.caption(f) for f in self.files[:count]]
 
-    def caption(self, file: Path) -> str:
-        return file.with_suffix(".txt").read_text(encoding="utf-8", errors="replace").strip()
-
-    def picture(self, file: Path) -> Tensor:
-        """(3, size, size) in −1 … 1: the short side resized, the middle cut out."""
+def in_table(file: str, skip: Callable) -> Iterator[Example]:
+    """A metadata.jsonl or metadata.csv with `file_name`, from the table's folder on, and `text`."""
+    with open(file, encoding="utf-8-sig", errors="replace", newline="") as lines:
+        rows = (csv.DictReader(lines) if file.endswith(".csv") else
+                (json.loads(line) for line in lines if line.strip()))
         try:
-            image = Image.open(file).convert("RGB")
-        except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
-            raise BadInput(f"{file} can't be read as a picture ({error}): take it out") from error
-        scale = self.size / min(image.size)
-        image = image.resize([max(self.size, round(s * scale)) for s in image.size],
-                             Image.Resampling.LANCZOS)
-        left, top = (image.width - self.size) // 2, (image.height - self.size) // 2
-        image = image.crop((left, top, left + self.size, top + self.size))
-        return torch.from_numpy(np.array(image)).permute(2, 0, 1) / 127.5 - 1
+            for row in rows:
+                yield str(Path(file).parent / row["file_name"]), 0, -1, "" + row["text"]
+        except (KeyError, TypeError, ValueError, csv.Error) as error:
+            raise BadInput(f"--data {file}: a row is not as it should be ({error!r}): "
+                           "each needs file_name and text") from error
 
 
-class Prompts:
-    """Prompts and no pictures: all latents are the teacher's own (`--trajectories 1`)."""
+def in_tar(file: str, skip: Callable) -> Iterator[Example]:
+    """key.jpg and key.txt of a shard, as img2dataset writes them: only headers and captions are
+    read now. A damaged shard gives what is whole before the damage."""
+    halves: dict[str, dict[str, tuple]] = {}
+    try:
+        with tarfile.open(file, "r:") as shard:
+            while member := shard.next():
+                shard.members.clear()                              # else it keeps them all
+                key, suffix = os.path.splitext(member.name)
+                half = halves.setdefault(key, {})
+                if suffix.lower() in IMAGES:
+                    half["picture"] = member.offset_data, member.size
+                elif suffix in CAPTIONS:
+                    text = shard.extractfile(member).read(LONGEST)
+                    half["caption"] = text.decode("utf-8-sig", errors="replace")
+                if len(half) == 2:
+                    yield file, *half["picture"], half["caption"]
+                    del halves[key]
+                elif not half:
+                    del halves[key]
+    except (tarfile.TarError, OSError) as error:
+        skip(file, error)
 
-    def __init__(self, base: Base, file: str, size: int):
-        self.base, self.side = base, size // 8
-        text = Path(file).expanduser().read_text(encoding="utf-8-sig", errors="replace")
-        self.texts = [line.strip() for line in text.splitlines() if line.strip()]
-        if not self.texts:
-            raise BadInput(f"--data {file} holds no prompt: write one a line")
+
+def in_shards(pattern: str, skip: Callable) -> Iterator[Example]:
+    """Every shard of a pattern: shards/{00000..00012}.tar, shards/*.tar."""
+    braces = re.search(r"\{(\d+)\.\.(\d+)\}", pattern)
+    if braces:
+        low, high = braces.groups()
+        numbers = (f"{i:0{len(low)}d}" for i in range(int(low), int(high) + 1))
+        files = (pattern[:braces.start()] + n + pattern[braces.end():] for n in numbers)
+    else:
+        files = sorted(glob.glob(pattern, recursive=True))
+    for file in files:
+        yield from in_tar(file, skip)
+
+
+def in_coco(given: str, skip: Callable) -> Iterator[Example]:
+    """COCO's captions_SPLIT.json, an example a caption; pictures in FOLDER of FILE.json:FOLDER,
+    else in a folder SPLIT beside the file or beside its folder."""
+    name, _, folder = given.partition(".json:")
+    file = Path(given if not folder else name + ".json")
+    split = file.stem.split("_")[-1]
+    try:
+        told = json.loads(file.read_bytes())
+        names = {image["id"]: image["file_name"] for image in told["images"]}
+        captions = [(names[a["image_id"]], "" + a["caption"]) for a in told["annotations"]]
+        places = [Path(folder)] if folder else [file.parent, file.parent / split,
+                                                file.parent.parent / split]
+        root = next((p for p in places for n, _ in captions[:9] if (p / n).is_file()), None)
+    except (KeyError, TypeError, ValueError) as error:
+        raise BadInput(f"--data {file} has no captions as in COCO's captions_val2014.json "
+                       f"({error!r})") from error
+    if root is None:
+        raise BadInput(f"--data {file}: its pictures are not in {places[-1]}: "
+                       f"give --data {file}:FOLDER")
+    for name, caption in captions:
+        yield str(root / name), 0, -1, caption
+
+
+def in_prompts(file: str, skip: Callable) -> Iterator[Example]:
+    """Prompts, one a line, without pictures: for the teacher's own sampling."""
+    with open(file, encoding="utf-8-sig", errors="replace") as lines:
+        for line in lines:
+            if "\0" in line:
+                raise BadInput(f"--data {file} is not text: {DATA}")
+            if line.strip():
+                yield "", 0, 0, line.strip()
+
+
+def reader(given: str) -> Callable[[str, Callable], Iterator[Example]]:
+    """The one of the readers above that understands this --data."""
+    path = Path(given)
+    if path.is_dir():
+        return in_folder
+    if path.name in METADATA and path.is_file():
+        return in_table
+    if path.suffix == ".json" or ".json:" in given:
+        return in_coco
+    if path.is_file():
+        return in_tar if path.suffix == ".tar" else in_prompts
+    if re.search(r"\{\d+\.\.\d+\}|[*?\[]", given):
+        return in_shards
+    raise BadInput(f"--data {given} does not exist: {DATA}")
+
+
+@functools.lru_cache(maxsize=64)
+def stamp(file: str) -> tuple:
+    """A file's name, size and time: what tells that it is still the same."""
+    try:
+        stat = os.stat(file)
+    except OSError:
+        return (file,)
+    return os.path.basename(file), stat.st_size, stat.st_mtime_ns
+
+
+def stand_ins(row: int, count: int) -> Iterator[int]:
+    """A row, then those that stand in for it, in turn, where its picture can't be used: the row
+    alone decides which, so neither a resume nor the number of processes changes them."""
+    yield row
+    rng = random.Random(row)
+    yield from (rng.randrange(count) for _ in range(100))
+
+
+def square(file: BinaryIO, size: int) -> Tensor:
+    """(3, size, size) uint8: upright, on white, the middle cut out and resized."""
+    image = Image.open(file)
+    image.draft(None, (2 * size, 2 * size))               # a large JPEG need not be read in full
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I"):                                             # 16 bits, grey
+        image = Image.fromarray((np.asarray(image).clip(0, 65535) / 257).astype(np.uint8))
+    if image.mode == "F":
+        raise ValueError("a picture of floating-point numbers")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    image = ImageOps.fit(image.convert("RGB"), (size, size), Image.Resampling.LANCZOS)
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+
+
+class Pictures:
+    """Captioned pictures, and prompts after them, of every --data: read as they are needed.
+
+    The index of the examples lies in a temporary database of SQLite's, on disk, so memory does
+    not grow with the set.
+    """
+
+    def __init__(self, base: Base, given: Sequence[str], size: int):
+        self.base, self.size, self.side = base, size, size // 8
+        self.skipped: dict[int | str, str] = {}                       # row or file: what is wrong
+        self.lock, self.pool = Lock(), ThreadPoolExecutor(min(8, os.cpu_count() or 1))
+        self.index, digest = sqlite3.connect("", check_same_thread=False), hashlib.sha256()
+        self.index.execute("CREATE TABLE example (id INTEGER PRIMARY KEY, file, first, size, text)")
+        for row, example in enumerate(self.examples_of(given)):
+            digest.update(repr((stamp(example[0]), *example[1:])).encode())
+            self.index.execute("INSERT INTO example VALUES (?, ?, ?, ?, ?)",
+                               (row, os.fsencode(example[0]), *example[1:]))
+        self.identity = digest.hexdigest()
+        count = "SELECT count(*), count(nullif(file, x'')) FROM example"
+        self.count, self.pictured = self.index.execute(count).fetchone()
+        if not self.count:
+            raise BadInput(f"--data {' '.join(given)} holds no picture with a caption and no "
+                           f"prompt{self.told()}: {DATA}")
+        if self.pictured:
+            Pictures.usable(self, 0)                    # where none can be used, it says so now
+
+    def examples_of(self, given: Sequence[str]) -> Iterator[Example]:
+        paths = [os.path.expanduser(g) for g in given]
+        paths.sort(key=lambda path: reader(path) is in_prompts)                  # these go last
+        examples = itertools.chain.from_iterable(reader(p)(p, self.skip) for p in paths)
+        for *place, text in tqdm(examples, "reading names", unit="", leave=False):
+            yield *place, text.strip()[:LONGEST].encode(errors="replace").decode()
+
+    def skip(self, what: int | str, error: Exception) -> None:
+        name = what if isinstance(what, str) else self.example(what)[0]
+        self.skipped[what] = f"{name} ({str(error) or type(error).__name__})"
+
+    def told(self) -> str:
+        """What was skipped: how many, and the first few by name."""
+        few = "; ".join([*self.skipped.values()][:3])
+        return f" ({len(self.skipped)} skipped: {few})" if few else ""
 
     def __len__(self) -> int:
-        return len(self.texts)
+        return self.count
 
-    def prompts(self, rows: list[int]) -> Tensor:
-        return self.base.embed([self.texts[i] for i in rows]).float()
+    def example(self, row: int) -> Example:
+        with self.lock:
+            found = self.index.execute("SELECT * FROM example WHERE id = ?", (row,)).fetchone()
+        return os.fsdecode(found[1]), *found[2:]
+
+    def captions(self, rows: list[int]) -> list[str]:
+        return [self.example(row)[3] for row in rows]
 
     def examples(self, count: int) -> list[str]:
-        return self.texts[:count]
+        """Prompts for the pictures that show how far the guide is."""
+        return self.captions(list(range(min(count, len(self)))))
+
+    def prompts(self, rows: list[int]) -> Tensor:
+        """Prompt states (B, L, D)."""
+        return self.base.embed(self.captions(rows)).float()
+
+    def picture(self, row: int) -> Tensor | None:
+        """(3, size, size) uint8; None, and noted, where it can't be used."""
+        if row in self.skipped:
+            return None
+        try:
+            file, first, length, _ = self.example(row)
+            with open(file, "rb") as opened:
+                length = os.fstat(opened.fileno()).st_size if length < 0 else length
+                if length > 2**28:
+                    raise ValueError(f"{length:,} bytes are too many")
+                opened.seek(first)
+                return square(io.BytesIO(opened.read(length)), self.size)
+        except Exception as error:                      # on damaged files decoders raise anything
+            self.skip(row, error)
+            return None
+
+    def usable(self, row: int) -> tuple[int, Tensor]:
+        """A row and its picture, or those of the first stand-in whose picture can be used."""
+        for stand_in in stand_ins(row, self.pictured):
+            if (picture := self.picture(stand_in)) is not None:
+                return stand_in, picture
+        raise BadInput(f"--data: no picture could be used{self.told()}")
+
+    def load(self, rows: list[int]) -> tuple[list[int], Tensor]:
+        """The rows, stand-ins where needed, and what `moments` makes moments of."""
+        found = list(self.pool.map(self.usable, rows))
+        pictures = [picture for _, picture in found]
+        return [row for row, _ in found], torch.stack(pictures) if found else torch.empty(0)
+
+    def moments(self, pictures: Tensor) -> Tensor:
+        """(B, 2 Z, H, W), unscaled, of pictures (B, 3, 8 H, 8 W) uint8."""
+        device = next(self.base.unet.parameters()).device
+        return self.base.vae.encode(pictures.to(device).float() / 127.5 - 1).float()
+
+
+def sync(path: Path) -> None:
+    """Returns once a file just renamed, and its name, would outlast a power cut."""
+    for part in (path, path.parent):
+        descriptor = os.open(part, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+class Cached(Pictures):
+    """Pictures whose moments and text states lie on disk in fp16, in shards of 512 rows.
+
+    Encoded once, in float32: a folder of its own for each VAE, text encoder, size and set of
+    files. A shard is written whole or not at all, so a run that is killed goes on with the next.
+    """
+
+    SHARD = 512
+
+    def __init__(self, base: Base, given: Sequence[str], size: int, cache: str):
+        super().__init__(base, given, size)
+        if not self.pictured:
+            raise BadInput("--cache is for pictures, and --data holds prompts only: leave it out")
+        weights, digest = (base.vae.state_dict(), base.text.state_dict()), hashlib.sha256()
+        for name, tensor in itertools.chain(*(w.items() for w in weights)):
+            digest.update(name.encode())
+            digest.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy())
+        digest.update(f"{size} {self.identity}".encode())
+        self.folder = Path(cache).expanduser() / digest.hexdigest()[:16]
+        self.shard = functools.lru_cache(64)(self.open)
+        shards = range(math.ceil(self.pictured / self.SHARD))
+        for number in tqdm(shards[rank()::world()], f"caching in {self.folder}", leave=False,
+                           disable=rank() > 0):
+            try:
+                self.open(number)
+            except (SafetensorError, OSError):
+                self.make(number)
+        wait()
+        self.good = torch.cat([self.open(i).get_tensor("good") for i in shards])
+
+    def open(self, number: int) -> safe_open:
+        return safe_open(self.folder / f"{number:06d}.safetensors", framework="pt")
+
+    @torch.no_grad()
+    def make(self, number: int) -> None:
+        """One shard: moments and states, and whether the picture could be used."""
+        tensors: list[tuple[Tensor, ...]] = []
+        first, end = number * self.SHARD, min((number + 1) * self.SHARD, self.pictured)
+        for start in range(first, end, 8):
+            rows = list(range(start, min(start + 8, end)))
+            found = list(self.pool.map(self.picture, rows))
+            blank = torch.zeros(3, self.size, self.size, dtype=torch.uint8)
+            pictures = torch.stack([blank if f is None else f for f in found])
+            good = torch.tensor([f is not None for f in found])
+            tensors.append((super().moments(pictures), super().prompts(rows), good))
+        moments, states, good = (torch.cat(parts).cpu() for parts in zip(*tensors))
+        path = self.folder / f"{number:06d}.safetensors"
+        ppdd.save_tensors(path, {"moments": moments.half(), "states": states.half(), "good": good})
+        sync(path)
+
+    def read(self, name: str, row: int) -> Tensor:
+        number, place = divmod(row, self.SHARD)
+        return self.shard(number).get_slice(name)[place:place + 1].float()
+
+    def usable(self, row: int) -> tuple[int, Tensor]:
+        for stand_in in stand_ins(row, self.pictured):
+            if self.good[stand_in]:
+                return stand_in, self.read("moments", stand_in)[0]
+        raise BadInput(f"--data: no picture could be used{self.told()}")
+
+    def moments(self, pictures: Tensor) -> Tensor:
+        return pictures.to(next(self.base.unet.parameters()).device)
+
+    def prompts(self, rows: list[int]) -> Tensor:
+        device = next(self.base.unet.parameters()).device
+        return torch.cat([self.read("states", row).to(device) if row < self.pictured else
+                          super(Cached, self).prompts([row]) for row in rows])
 
 
 # ------------------------------------------------------------------------------- optimisation
@@ -294,6 +680,32 @@ def rate(update: int, total: int, warmup: int = 50) -> float:
 
 # ------------------------------------------------------------------------------- a run
 
+EXPLODED = 1000              # so many times the gradient's usual norm, and the run stops
+TOLD = ("loss", "error", "correction", "row", "stop")       # what processes tell of each example
+
+
+def lock(folder: Path) -> TextIO:
+    """Holds the folder for this run until the file is closed, or the process ends."""
+    folder.mkdir(parents=True, exist_ok=True)
+    file = (folder / "lock").open("w")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        file.close()
+        raise BadInput(f"{folder} is in use by another run ({error.strerror}): wait for its end, "
+                       "or give another --run") from error
+    for left in folder.glob(".*.tmp"):                           # by a run that was killed
+        left.unlink(missing_ok=True)
+    return file
+
+
+def check_writable(folder: Path) -> None:
+    """Raises BadInput where the folder could not be made or written to; makes nothing."""
+    nearest = next(p for p in (folder, *folder.absolute().parents) if p.exists())
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
+        raise BadInput(f"{folder} can't be written to: {nearest} is read-only or no folder")
+
+
 @dataclass(frozen=True)
 class Stage:
     """One stage: Algorithm 1 where steps is 0, else a halving that ends at this many steps."""
@@ -329,7 +741,7 @@ def stages(config: Config) -> list[Stage]:
 class Run:
     """A guide in training: what it needs, where it stands, and how that is kept on disk."""
 
-    def __init__(self, config: Config, base: Base, data: Postcards | Folder | Prompts):
+    def __init__(self, config: Config, base: Base, data: Postcards | Pictures):
         self.config, self.base, self.data = config, base, data
         self.device = next(base.unet.parameters()).device
         self.folder = Path(config.run)
@@ -340,6 +752,12 @@ class Run:
         self.empty = base.embed([config.uncond]).float()
         self.base_hash = ppdd.fingerprint(base.path)
         self.stages, self.stage, self.update = stages(config), 0, 0
+        self.stopped, self.stopping = 0, False                   # a signal here; one to any process
+        slots = torch.arange(config.batch)[rank()::world()]
+        self.parts = [slots[k::config.accumulate] for k in range(config.accumulate)
+                      if k < len(slots)]
+        self.ahead = ThreadPoolExecutor(1)
+        self.held: TextIO | None = None                          # the locked file of the folder
         self.average = copy.deepcopy(self.guide).requires_grad_(False) if config.ema else None
         self.begin_stage()
 
@@ -359,33 +777,68 @@ class Run:
 
     def begin_stage(self) -> None:
         self.walk: dict[str, Tensor] = {}                              # see `on_the_way`
-        self.recent: list[tuple[float, float]] = []                    # since the last log line
+        self.recent: list[tuple[float, float, float]] = []             # of the last 50 updates
+        self.loading: dict[tuple[int, int], Future] = {}               # see `pictures`
         kind = {"adamw": torch.optim.AdamW, "muon": Muon}[self.config.optimizer]
         self.optimizer = kind(self.guide.parameters(), weight_decay=0.0)
 
     # -- one update
 
-    def noised(self, stage: Stage, n: int, generator: torch.Generator) -> tuple[Tensor, ...]:
-        """Pictures of the data with noise: latents z (n, Z, H, W) at timesteps t (n,), prompt
-        states (n, L, D) and g (n,)."""
-        rows = torch.randint(len(self.data), (n,), generator=generator).tolist()
-        moments, c = self.data[rows]
-        noise = torch.randn(2, n, moments.shape[1] // 2, *moments.shape[2:], generator=generator)
-        noise, g = noise.to(self.device), self.draw_g(n, generator)
+    def generator(self, stage: int, update: int) -> torch.Generator:
+        """Of everything that chance decides in one update."""
+        seed = ((self.config.seed * 31 + stage) * 1_000_003 + update) % 2**63
+        return torch.Generator().manual_seed(seed)
+
+    def rows(self, generator: torch.Generator) -> Tensor:
+        """(n,) of the data: those of a batch whose pictures are noised. A generator's first."""
+        n = self.config.batch - math.ceil(self.config.trajectories * self.config.batch)
+        return torch.randint(max(self.data.pictured, 1), (n,), generator=generator)
+
+    def load_pictures(self, stage: int, update: int) -> list[tuple[list[int], Tensor]]:
+        rows = self.rows(self.generator(stage, update))
+        return [self.data.load(rows[part[part < len(rows)]].tolist()) for part in self.parts]
+
+    def pictures(self, stage: Stage) -> list[tuple[list[int], Tensor]]:
+        """Rows and pictures of every part; those of the next update are made ready meanwhile."""
+        now, then = (self.stage, self.update), (self.stage, self.update + 1)
+        loading = self.loading.pop(now, None) or self.ahead.submit(self.load_pictures, *now)
+        more = self.update + 1 < stage.updates
+        self.loading = {then: self.ahead.submit(self.load_pictures, *then)} if more else {}
+        return loading.result()
+
+    def draw(self, stage: Stage, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+        """What chance decides of a whole batch: noise (2, n, Z, H, W) of the n pictures, and
+        timesteps t (B,) and g (B,) of those and of the samplings of `on_the_way` after them."""
+        n, side = len(self.rows(generator)), self.data.side
+        noise = torch.randn(2, n, self.base.unet.config.in_channels, side, side,
+                            generator=generator)
+        g = self.draw_g(n, generator)
         if stage.steps:
             grid = torch.tensor(ppdd.step_grid(stage.steps))
-            t = grid[torch.randint(stage.steps, (n,), generator=generator)].to(self.device)
+            t = grid[torch.randint(stage.steps, (n,), generator=generator)]
         else:
-            t = torch.randint(ppdd.TIMESTEPS, (n,), generator=generator).to(self.device)
-        return ppdd.add_noise(self.base.vae.sample(moments, noise[0]), noise[1], t), t, c, g
+            t = torch.randint(ppdd.TIMESTEPS, (n,), generator=generator)
+        self.on_the_way(self.config.batch - n, generator)
+        return noise, torch.cat([t.to(self.device), self.walk["t"]]), torch.cat([g, self.walk["g"]])
+
+    def latents(self, noise: Tensor, t: Tensor, pictures: Tensor, slots: Tensor) -> Tensor:
+        """(B, Z, H, W) at these slots of the batch: pictures with noise, then the samplings'."""
+        n = noise.shape[1]
+        noised, walking = slots[slots < n], slots[slots >= n] - n
+        z = [self.walk["z"][walking]]
+        if len(noised):
+            noise = noise[:, noised].to(self.device)
+            x = self.base.vae.sample(self.data.moments(pictures), noise[0])
+            z.insert(0, ppdd.add_noise(x, noise[1], t[noised]))
+        return torch.cat(z)
 
     def draw_g(self, n: int, generator: torch.Generator) -> Tensor:
         low, high = self.config.g_range
         return (low + (high - low) * torch.rand(n, generator=generator)).to(self.device)
 
-    def on_the_way(self, n: int, generator: torch.Generator) -> tuple[Tensor, ...]:
-        """As `noised`, but where n samplings of the teacher stand (Jensen & Sadat, 2025); those
-        that have arrived begin anew, with other noise, prompt and g."""
+    def on_the_way(self, n: int, generator: torch.Generator) -> None:
+        """`walk` is where n samplings of the teacher stand (Jensen & Sadat, 2025); those that have
+        arrived begin anew, with other noise, prompt and g."""
         shape = (n, self.base.unet.config.in_channels, self.data.side, self.data.side)
         new = {"z": torch.randn(shape, generator=generator).to(self.device),
                "t": torch.full((n,), ppdd.TIMESTEPS - 1, device=self.device),
@@ -395,8 +848,6 @@ class Run:
         arrived = walk["t"] < 0
         self.walk = {k: torch.where(arrived.view(-1, *[1] * (v.ndim - 1)), new[k], v)
                      for k, v in walk.items()}
-        c = self.data.prompts(self.walk["row"].tolist())
-        return self.walk["z"], self.walk["t"], c, self.walk["g"]
 
     def walk_on(self, stage: Stage, target: Tensor, generator: torch.Generator) -> None:
         """Takes the teacher's next step, with the prediction that the loss needed anyway.
@@ -410,13 +861,8 @@ class Run:
             s = grid[torch.randint(len(grid) - 1, t.shape, generator=generator)].to(self.device)
         self.walk |= {"z": ppdd.ddim_step(self.walk["z"], target, t, s), "t": s}
 
-    def distill(self, stage: Stage, generator: torch.Generator) -> Distilled:
-        """The loss of one batch: Algorithm 1, or a halving on the grid of the teacher's steps."""
-        n = math.ceil(self.config.trajectories * self.config.batch)
-        parts = [self.on_the_way(n, generator)] if n else []
-        if n < self.config.batch:
-            parts.insert(0, self.noised(stage, self.config.batch - n, generator))
-        z, t, c, g = (torch.cat(part) for part in zip(*parts))
+    def distill(self, stage: Stage, z: Tensor, t: Tensor, c: Tensor, g: Tensor) -> Distilled:
+        """The loss of a batch: Algorithm 1, or a halving on the grid of the teacher's steps."""
         unet, guide, weight = self.base.unet, self.guide, WEIGHTS[self.config.loss]
         if not stage.steps:
             empty = self.empty.expand(len(z), -1, -1)
@@ -425,76 +871,137 @@ class Run:
             after = following(2 * stage.steps).to(self.device)
             result = ppdd.halving(unet, guide, self.teacher, z, t, after[t], after[after[t]], c, g,
                                   weight)
-        if n:
-            self.walk_on(stage, result.target[-n:], generator)
         return result
 
-    def step(self, stage: Stage) -> tuple[float, float]:
-        """One update; returns loss and unexplained share. Stops where they are not finite."""
-        seed = ((self.config.seed * 31 + self.stage) * 1_000_003 + self.update) % 2**63
-        for group in self.optimizer.param_groups:
-            group["lr"] = stage.lr * rate(self.update, stage.updates)
+    def step(self, stage: Stage) -> tuple[float, float, float]:
+        """One update, part by part; returns loss, unexplained share and norm of the gradient."""
+        generator = self.generator(self.stage, self.update)
+        noise, t, g = self.draw(stage, generator)
+        target = torch.zeros_like(self.walk["z"])
+        told = torch.zeros(len(t), len(TOLD), dtype=torch.float64, device=self.device)
         bf16 = {"auto": self.device.type == "cuda", "fp32": False, "bf16": True}[self.config.dtype]
         autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=bf16)
-        with autocast, ppdd.quick_attention(self.device):
-            result = self.distill(stage, torch.Generator().manual_seed(seed))
-        loss, unexplained = torch.stack([result.loss.detach(), result.unexplained]).tolist()
-        if not math.isfinite(loss):
-            raise BadInput(
-                f"the loss is {loss} at update {self.update + 1} ({stage.title}): go on from the "
-                f"last checkpoint with --resume and a lower --{'halving-' * bool(stage.steps)}lr "
-                f"(now {stage.lr:g}), or with --dtype fp32")
         self.optimizer.zero_grad(set_to_none=True)
-        with ppdd.quick_attention(self.device):
-            result.loss.backward()
-        nn.utils.clip_grad_norm_(self.guide.parameters(), self.config.clip)
+        for slots, (rows, pictures) in zip(self.parts, self.pictures(stage)):
+            walking = slots[slots >= noise.shape[1]] - noise.shape[1]
+            rows = rows + self.walk["row"][walking].tolist()
+            with ppdd.quick_attention(self.device):
+                with autocast:
+                    z = self.latents(noise, t, pictures, slots)
+                    c = self.data.prompts(rows)
+                    result = self.distill(stage, z, t[slots], c, g[slots])
+                (result.loss * (len(slots) / len(t))).backward()
+            target[walking] = result.target[len(slots) - len(walking):]
+            columns = (result.loss.detach() / len(t), result.error, result.correction,
+                       torch.tensor(rows), torch.tensor(self.stopped))
+            for k, column in enumerate(columns):
+                told[slots, k] = column.to(told)
+        gather(told, target, *(p.grad for p in self.guide.parameters() if p.grad is not None))
+        norm = nn.utils.clip_grad_norm_(self.guide.parameters(), self.config.clip)
+        loss, error, correction, _, stop = told.sum(0).tolist()
+        self.refuse(stage, loss, norm.item(), t, g, told)
+        self.move(stage)
+        self.walk_on(stage, target, generator)
+        self.update, self.stopping = self.update + 1, bool(stop)
+        return loss, error / max(correction, 1e-30), norm.item()
+
+    def move(self, stage: Stage) -> None:
+        """The optimiser's step, and the running mean's."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = stage.lr * rate(self.update, stage.updates)
         self.optimizer.step()
-        self.update += 1
         if self.average:
-            keep = min(self.config.ema, self.update / (self.update + 10))
+            keep = min(self.config.ema, (self.update + 1) / (self.update + 11))
             with torch.no_grad():
                 for mean, weight in zip(self.average.parameters(), self.guide.parameters()):
                     mean.lerp_(weight, 1 - keep)
-        return loss, unexplained
+
+    def refuse(self, stage: Stage, loss: float, norm: float, t: Tensor, g: Tensor,
+               told: Tensor) -> None:
+        """Stops before an update that would spoil the guide, and keeps the state before it."""
+        usual = np.mean([n for _, _, n in self.recent]) if len(self.recent) >= 10 else math.inf
+        if math.isfinite(loss) and math.isfinite(norm) and norm <= EXPLODED * usual:
+            return
+        self.save()
+        error = told[:, TOLD.index("error")]
+        worst = (~error.isfinite()).nonzero().flatten() if not error.isfinite().all() else (
+            error.argsort(descending=True)[:1])
+        named = "; ".join(
+            f"t {t[i]}, g {g[i]:.3g}, {self.data.captions([int(told[i, TOLD.index('row')])])[0]!r}"
+            for i in worst[:3].tolist())
+        raise BadInput(
+            f"the loss is {loss:.4g} and the gradient's norm {norm:.4g} (before, {usual:.4g}) at "
+            f"update {self.update + 1} ({stage.title}), where {named}. The state before it is kept "
+            f"in {self.folder / self.state_name()}: try --resume --dtype fp32, or delete that "
+            "file and go on from the one before with --resume and a lower "
+            f"--{'halving-' * bool(stage.steps)}lr (now {stage.lr:g})")
 
     # -- the whole run
 
     def train(self) -> None:
-        while self.stage < len(self.stages):
-            stage = self.stages[self.stage]
-            self.train_stage(stage)
-            if self.average:
-                self.guide.load_state_dict(self.average.state_dict())
-            self.save_guide(stage)
-            self.teacher.load_state_dict(self.guide.state_dict())
-            self.stage, self.update = self.stage + 1, 0
-            self.begin_stage()
-            self.save()
-        (self.folder / "state.safetensors").unlink(missing_ok=True)
+        """To the end, or until Ctrl-C or SIGTERM: then KeyboardInterrupt, once all is saved."""
+        before = {number: signal.signal(number, self.stop)
+                  for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            while self.stage < len(self.stages):
+                stage = self.stages[self.stage]
+                self.train_stage(stage)
+                if self.average:
+                    self.guide.load_state_dict(self.average.state_dict())
+                self.save_guide(stage)
+                self.teacher.load_state_dict(self.guide.state_dict())
+                self.stage, self.update = self.stage + 1, 0
+                self.begin_stage()
+                self.save()
+            self.finish()
+        except (OSError, SafetensorError) as error:
+            raise BadInput(f"writing failed ({error}): make room, or give back the permission, and "
+                           "go on with --resume from the last state that was saved") from error
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def stop(self, number: int, frame: object) -> None:
+        """Ctrl-C or SIGTERM: the update at hand is ended first; a second one does not wait."""
+        self.stopped = number
+        signal.signal(number, signal.default_int_handler)
+
+    @by_the_first
+    def finish(self) -> None:
+        for path in self.states():
+            path.unlink()
+        if said := self.data.told():
+            tqdm.write(f"pictures{said}")
 
     def train_stage(self, stage: Stage) -> None:
-        with tqdm(total=stage.updates, initial=self.update, desc=stage.title) as bar:
+        with tqdm(total=stage.updates, initial=self.update, desc=stage.title,
+                  disable=rank() > 0) as bar:
             while self.update < stage.updates:
-                self.recent.append(self.step(stage))
+                self.recent = [*self.recent[-49:], self.step(stage)]
                 bar.update()
                 last = self.update == stage.updates
                 if self.update % 50 == 0 or last:
-                    loss, unexplained = np.mean(self.recent, axis=0)
-                    bar.set_postfix(loss=f"{loss:.4g}", unexplained=f"{unexplained:.1%}")
-                    self.log(stage, loss, unexplained)
-                    self.recent = []
+                    told = np.mean(self.recent[-(self.update % 50 or 50):], axis=0)
+                    bar.set_postfix(loss=f"{told[0]:.4g}", unexplained=f"{told[1]:.1%}",
+                                    skipped=len(self.data.skipped))
+                    self.log(stage, *told)
                 if self.config.grid_every and (self.update % self.config.grid_every == 0 or last):
                     self.draw_grid(stage)
-                if self.update % self.config.save_every == 0:
+                if self.update % self.config.save_every == 0 or self.stopping:
                     self.save()
+                if self.stopping:
+                    raise KeyboardInterrupt
 
-    def log(self, stage: Stage, loss: float, unexplained: float) -> None:
+    @by_the_first
+    def log(self, stage: Stage, loss: float, unexplained: float, norm: float) -> None:
         entry = {"stage": self.stage, "steps": stage.steps, "update": self.update, "loss": loss,
-                 "unexplained": unexplained, "lr": self.optimizer.param_groups[0]["lr"],
+                 "unexplained": unexplained, "norm": norm,
+                 "lr": self.optimizer.param_groups[0]["lr"],
                  "time": round(time.time(), 1)}
         with (self.folder / "log.jsonl").open("a") as file:
             file.write(json.dumps(entry) + "\n")
 
+    @by_the_first
     def draw_grid(self, stage: Stage) -> None:
         """CFG above, the guide below, from the same noise, at this stage's number of steps."""
         prompts, side = self.data.examples(4), self.data.side
@@ -507,10 +1014,13 @@ class Run:
         pictures = [torch.cat(list(self.base.decode(row).cpu()), dim=2) for row in rows]
         pictures = torch.cat(pictures, dim=1)                                  # (3, 2 H, 4 W)
         image = Image.fromarray(pictures.permute(1, 2, 0).numpy())
-        image.save(self.folder / f"{self.config.guide}{stage.suffix}-{self.update:06d}.png")
+        temporary = self.folder / ".grid.tmp"
+        image.save(temporary, format="png")
+        temporary.replace(self.folder / f"{self.config.guide}{stage.suffix}-{self.update:06d}.png")
 
     # -- on disk
 
+    @by_the_first
     def save_guide(self, stage: Stage) -> None:
         low, high = self.config.g_range
         name = self.config.guide + stage.suffix + (f"-g{low:g}" if low == high else "")
@@ -520,6 +1030,7 @@ class Run:
                  "uncond": self.config.uncond, "updates": self.update, "seed": self.config.seed,
                  "settings": asdict(self.config)}
         ppdd.save_guide(path, self.guide, self.guide_config, about)
+        sync(path)
         tqdm.write(f"saved {path}")
 
     def modules(self) -> Iterator[tuple[str, nn.Module]]:
@@ -528,37 +1039,58 @@ class Run:
         if self.average:
             yield "average.", self.average
 
+    def state_name(self) -> str:
+        return f"state-{self.stage:02d}-{self.update:08d}.safetensors"
+
+    def states(self) -> list[Path]:
+        """The checkpoints, oldest first."""
+        return sorted(self.folder.glob("state-*.safetensors"))
+
+    @by_the_first
     def save(self) -> None:
-        """The whole state in one safetensors file, written aside and renamed."""
+        """The whole state in one safetensors file; older ones go once it is safely on disk."""
         tensors = {f"walk.{k}": v for k, v in self.walk.items()}
         for name, module in self.modules():
             tensors |= {name + k: v for k, v in module.state_dict().items()}
         state = {"stage": self.stage, "update": self.update, "recent": self.recent,
-                 "base_hash": self.base_hash, "config": asdict(self.config)}
-        ppdd.save_tensors(self.folder / "state.safetensors",
-                          tensors | ppdd.optimizer_tensors(self.optimizer),
+                 "base_hash": self.base_hash, "config": asdict(self.config),
+                 "data": self.data.identity}
+        path = self.folder / self.state_name()
+        ppdd.save_tensors(path, tensors | ppdd.optimizer_tensors(self.optimizer),
                           {"state": json.dumps(state)})
+        sync(path)
+        for old in self.states()[:-self.config.keep]:
+            old.unlink()
 
     def load(self) -> None:
-        """Go on from the last checkpoint; log lines written after it are dropped."""
-        path = self.folder / "state.safetensors"
-        try:
-            with safe_open(path, framework="pt") as opened:
-                state = json.loads(opened.metadata()["state"])
-                tensors = {name: opened.get_tensor(name) for name in opened.keys()}
-        except (SafetensorError, KeyError, TypeError, ValueError) as error:
-            raise BadInput(f"{path} is damaged ({error}): delete it and begin anew") from error
-        self.refuse_other_settings(state["config"])
-        if state["base_hash"] != self.base_hash:
-            raise BadInput(f"{self.folder} was begun on another base than {self.base.path}: "
-                           "give the same --weights, or another --run")
-        self.stage, self.update, self.recent = state["stage"], state["update"], state["recent"]
+        """Go on from the last checkpoint that is whole."""
+        for path in reversed(self.states()):
+            try:
+                with safe_open(path, framework="pt") as opened:
+                    state = json.loads(opened.metadata()["state"])
+                    tensors = {name: opened.get_tensor(name) for name in opened.keys()}
+                break
+            except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+                print(f"{path} is damaged ({error}): going back to the one before")
+                if rank() == 0:
+                    path.rename(path.with_suffix(".damaged"))
+        else:
+            raise BadInput(f"no checkpoint in {self.folder} is whole, all are damaged: "
+                           "begin anew without --resume")
+        self.refuse_other_settings(state)
+        self.stage, self.update = state["stage"], state["update"]
+        self.recent = [tuple(entry) for entry in state["recent"]]
         self.walk = {k.removeprefix("walk."): v.to(self.device) for k, v in tensors.items()
                      if k.startswith("walk.")}
         for name, module in self.modules():
             module.load_state_dict({k.removeprefix(name): v for k, v in tensors.items()
                                     if k.startswith(name)})
         ppdd.load_optimizer(self.optimizer, tensors)
+        self.trim_log()
+
+    @by_the_first
+    def trim_log(self) -> None:
+        """Drops log lines written after the state that the run goes on from."""
         log = self.folder / "log.jsonl"
         if log.exists():
             entries = [json.loads(line) for line in log.read_text().splitlines()
@@ -568,14 +1100,20 @@ class Run:
                                          (e["stage"], e["update"]) <= (self.stage, self.update)))
             temporary.replace(log)
 
-    def refuse_other_settings(self, before: dict) -> None:
+    def refuse_other_settings(self, state: dict) -> None:
         free = {"resume", "save_every", "grid_every", "device", "compile", "max_updates", "lr",
-                "halving_lr", "updates", "halving_updates", "dtype", "out", "init", "weights"}
-        now = json.loads(json.dumps(asdict(self.config)))
+                "halving_lr", "updates", "halving_updates", "dtype", "out", "init", "weights",
+                "keep", "accumulate", "cache", "checkpointing"}
+        now, before = json.loads(json.dumps(asdict(self.config))), state["config"]
         changed = [k for k in now if k not in free and before.get(k) != now[k]]
         if changed:
             raise BadInput(f"{self.folder} was begun with another {', '.join(changed)}: "
                            "give the same, or another --run")
+        if state["base_hash"] != self.base_hash:
+            raise BadInput(f"{self.folder} was begun on another base than {self.base.path}: "
+                           "give the same --weights, or another --run")
+        if state["data"] != self.data.identity:
+            tqdm.write("the data is not what it was: the run goes on with what is there now")
 
 
 # ------------------------------------------------------------------------------- command line
@@ -585,16 +1123,18 @@ def parse(argv: list[str] | None = None) -> Config:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     for f in fields(Config):
         flag, more = "--" + f.name.replace("_", "-"), dict(f.metadata)
-        more["help"] += "" if f.default in ("", False) else " (%(default)s)"
+        more["help"] += "" if f.default in ("", False, ()) else " (%(default)s)"
         if isinstance(f.default, bool):
             parser.add_argument(flag, action="store_true", **more)
+        elif f.default == ():
+            parser.add_argument(flag, action="append", default=[], metavar="PATH", **more)
         elif isinstance(f.default, tuple):
             parser.add_argument(flag, type=float, nargs=2, metavar=("LOW", "HIGH"),
                                 default=f.default, **more)
         else:
             parser.add_argument(flag, type=type(f.default), default=f.default, **more)
     given = vars(parser.parse_args(argv))
-    return Config(**given | {"g_range": tuple(given["g_range"])})
+    return Config(**{k: tuple(v) if isinstance(v, list) else v for k, v in given.items()})
 
 
 def prepare(config: Config) -> Run:
@@ -605,14 +1145,35 @@ def prepare(config: Config) -> Run:
     base = ppdd.load_base(path, device=device)
     base.unet.to(memory_format=torch.channels_last)
     config = complete(config, base)
-    print(f"base: {base.name} ({path})")
-    state = Path(config.run) / "state.safetensors"
-    if config.resume and not state.exists():
+    if rank() == 0:
+        print(f"base: {base.name} ({path})")
+    unfinished = any(Path(config.run).glob("state-*.safetensors"))
+    if config.resume and not unfinished:
         raise BadInput(f"{config.run} holds no unfinished run: leave out --resume")
-    if state.exists() and not config.resume:
+    if unfinished and not config.resume:
         raise BadInput(f"{config.run} holds an unfinished run: go on with --resume, "
                        "or give another --run")
+    for folder in (config.run, config.out, *[config.cache] * bool(config.cache)):
+        check_writable(Path(folder).expanduser())
+    held = lock(Path(config.run)) if rank() == 0 else None
+    try:
+        run = begin(config, base)
+    except BaseException:
+        if held:
+            held.close()
+        raise
+    run.held = held
+    return run
+
+
+def begin(config: Config, base: Base) -> Run:
+    """The run itself, its folder being this process's own."""
     data = load_data(config, base)
+    if not data.pictured:
+        config = replace(config, trajectories=1.0)
+    if config.checkpointing:
+        for block in base.unet.output_blocks:
+            block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
     if config.compile:
         base.unet.encode = torch.compile(base.unet.encode)
         base.unet.decode = torch.compile(base.unet.decode)
@@ -622,35 +1183,58 @@ def prepare(config: Config) -> Run:
         return run
     if config.init:
         run.start_from(Path(config.init))
-    (run.folder / "log.jsonl").unlink(missing_ok=True)
-    run.folder.mkdir(parents=True, exist_ok=True)
+    if rank() == 0:
+        (run.folder / "log.jsonl").unlink(missing_ok=True)
     return run
 
 
-def load_data(config: Config, base: Base) -> Postcards | Folder | Prompts:
+def load_data(config: Config, base: Base) -> Postcards | Pictures:
     mini = base.unet.config.model_channels < 256
+    if not config.data and not mini:
+        raise BadInput(f"--data is needed with these weights: {DATA}")
+    if not config.data:
+        return Postcards(base, min(config.pictures, 40 * config.batch) if config.max_updates else
+                         config.pictures, config.seed)
     size = postcards.SIZE if mini else config.size
-    if Path(config.data).expanduser().is_file():
-        return Prompts(base, config.data, size)
-    if config.data:
-        return Folder(base, config.data, size)
-    if not mini:
-        raise BadInput("--data is needed with these weights: a folder of pictures with .txt "
-                       "captions, or a text file of prompts")
-    return Postcards(base, min(config.pictures, 40 * config.batch) if config.max_updates else
-                     config.pictures, config.seed)
+    data = (Cached(base, config.data, size, config.cache) if config.cache else
+            Pictures(base, config.data, size))
+    if data.pictured < len(data) and data.pictured and not config.trajectories:
+        raise BadInput("--data holds prompts without pictures beside pictures: give "
+                       "--trajectories above 0, or those prompts would never be used")
+    return data
 
 
 def main(argv: list[str] | None = None) -> None:
-    config = parse(argv)
+    config, run = parse(argv), None
+    warnings.simplefilter("error", Image.DecompressionBombWarning)       # such a picture is skipped
     try:
-        run = prepare(config)
-        run.train()
+        with together(config) as config:
+            run = prepare(config)
+            run.train()
     except KeyboardInterrupt:
-        raise SystemExit("stopped: --resume goes on from the last checkpoint") from None
-    except (BadInput, CheckpointError, OSError) as error:
-        print(f"train.py: {error}", file=sys.stderr)
+        if rank() == 0:
+            print(f"train.py: {stopped(run, argv)}", file=sys.stderr)
+        raise SystemExit(130) from None
+    except torch.OutOfMemoryError:
+        print(f"train.py: out of CUDA memory: lower --batch (now {config.batch}) or --size, raise "
+              f"--accumulate (now {config.accumulate}), or add --checkpointing, --cache or "
+              "--dtype bf16", file=sys.stderr)
         raise SystemExit(2) from None
+    except (BadInput, CheckpointError, OSError, SafetensorError) as error:
+        where = f"train.py, process {rank()}" if world() > 1 else "train.py"
+        print(f"{where}: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    finally:
+        if run and run.held:
+            run.held.close()
+
+
+def stopped(run: Run | None, argv: list[str] | None) -> str:
+    """What to say on Ctrl-C: where the run stands, and how to go on."""
+    states = run.states() if run else []
+    words = [w for w in (sys.argv[1:] if argv is None else argv) if w != "--resume"]
+    command = shlex.join(["python", "train.py", *words, *["--resume"] * bool(states)])
+    return f"stopped{f', saved in {states[-1]}' if states else ''}; go on with: {command}"
 
 
 if __name__ == "__main__":

@@ -49,6 +49,10 @@ def run(base, *more, updates=3):
                 str(updates), "--grid-every", "2", "--save-every", "2", "--device", "cpu", *more])
 
 
+def states(here):
+    return sorted((here / "runs/toy/tiny").glob("state-*.safetensors"))
+
+
 def guides(here):
     return {p.stem: load_file(p) for p in sorted(here.glob("guides/toy/*.safetensors"))}
 
@@ -74,7 +78,7 @@ def test_training_logs_loss_and_unexplained_share_and_draws_pictures(base, here)
     assert all(e["loss"] > 0 and e["unexplained"] > 0 for e in entries)
     pictures = sorted((here / "runs/toy/tiny").glob("*.png"))
     assert len(pictures) == 8 and Image.open(pictures[0]).size == (256, 128)
-    assert not (here / "runs/toy/tiny/state.safetensors").exists()
+    assert not states(here)
 
 
 @pytest.mark.parametrize("after, more", [
@@ -96,7 +100,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(base, here, monke
     with pytest.raises(SystemExit):
         run(base, *more)
     monkeypatch.setattr(train.Run, "step", step)
-    state = (here / "runs/toy/tiny/state.safetensors").exists()
+    state = bool(states(here))
     run(base, *["--resume"] * state, *more)
     assert state == (after >= 2)
     for name, tensors in guides(here).items():
@@ -111,11 +115,12 @@ def test_an_unfinished_run_is_not_overwritten_nor_resumed_with_other_settings(ba
     config = train.parse(["--weights", str(base), "--max-updates", "2", "--batch", "4"])
     unfinished = train.prepare(replace(config, pictures=40))
     unfinished.save()
+    unfinished.held.close()
     for more, word in ((["--pictures", "40"], "--resume"), (["--resume", "--seed", "5"], "seed")):
         with pytest.raises(SystemExit) as stopped:
             run(base, *more, updates=2)
         assert stopped.value.code == 2 and word in capsys.readouterr().err
-    assert (here / "runs/toy/tiny/state.safetensors").exists()
+    assert states(here)
 
 
 def test_a_fixed_g_goes_into_the_name_and_a_negative_prompt_into_the_target(base, here):
@@ -130,11 +135,10 @@ def test_a_fixed_g_goes_into_the_name_and_a_negative_prompt_into_the_target(base
 
 def test_no_picture_is_drawn_twice_for_a_seed_and_g_stays_in_its_range(base, here):
     run_ = train.prepare(train.parse(["--weights", str(base), "--pictures", "40", "--batch", "16"]))
-    first, again, other = (run_.noised(run_.stages[0], 16, torch.Generator().manual_seed(seed))
-                           for seed in (3, 3, 4))
+    first, again, other = (run_.draw(run_.stages[0], run_.generator(0, seed)) for seed in (3, 3, 4))
     assert all(torch.equal(a, b) for a, b in zip(first, again))
     assert not torch.equal(first[0], other[0])
-    t, g = first[1], first[3]
+    _, t, g = first
     assert len(t.unique()) > 12 and len(g.unique()) == 16 and 2 <= g.min() and g.max() <= 9
 
 
@@ -150,7 +154,8 @@ def test_trajectories_are_the_teachers_own_sampling(base, here, halving):
     else:
         run_.empty = run_.base.embed(["a boat"])
     stage = run_.stages[run_.stage]
-    z, _, c, _ = run_.on_the_way(4, torch.Generator().manual_seed(7))
+    run_.on_the_way(4, torch.Generator().manual_seed(7))
+    z, c = run_.walk["z"], run_.data.prompts(run_.walk["row"].tolist())
     for _ in range(steps):
         run_.step(stage)
     assert (run_.walk["t"] == -1).all()
@@ -183,10 +188,11 @@ def test_a_guide_of_other_settings_or_another_base_is_not_gone_on_with(base, her
     unfinished = train.prepare(train.parse(["--weights", str(base), "--pictures", "40"]))
     unfinished.base_hash = "of another file"
     unfinished.save()
+    unfinished.held.close()
     with pytest.raises(SystemExit) as stopped:
         train.main(["--weights", str(base), "--pictures", "40", "--resume"])
     assert stopped.value.code == 2 and "another base" in capsys.readouterr().err
-    (here / "runs/toy/tiny/state.safetensors").write_bytes(b"half a file")
+    states(here)[-1].write_bytes(b"half a file")
     with pytest.raises(SystemExit) as stopped:
         train.main(["--weights", str(base), "--pictures", "40", "--resume"])
     assert stopped.value.code == 2 and "damaged" in capsys.readouterr().err
@@ -262,16 +268,17 @@ def test_a_folder_of_captioned_pictures_trains_the_guide(base, here):
     Image.new("RGB", (64, 64)).save(folder / "no-caption.png")
     run(base, "--data", "data", "--size", "64", "--end-steps", "64", updates=2)
     assert set(guides(here)) == {"tiny"}
-    data = train.Folder(ppdd.load_base(base), "data", 64)
-    moments, c = data[[0, 1, 2]]
+    data = train.Pictures(ppdd.load_base(base), ["data"], 64)
+    rows, pictures = data.load([0, 1, 2])
+    moments, c = data.moments(pictures), data.prompts(rows)
     assert len(data) == 3 and moments.shape == (3, 8, 8, 8) and c.shape == (3, 77, 32)
 
 
 def test_a_loss_that_is_not_finite_stops_and_says_what_to_try(base, here, monkeypatch, capsys):
     distill = train.Run.distill
 
-    def broken(self, stage, generator):
-        result = distill(self, stage, generator)
+    def broken(self, stage, *latents):
+        result = distill(self, stage, *latents)
         return replace(result, loss=result.loss * float("nan")) if self.update == 1 else result
 
     monkeypatch.setattr(train.Run, "distill", broken)
@@ -287,7 +294,7 @@ def test_a_loss_that_is_not_finite_stops_and_says_what_to_try(base, here, monkey
     (["--save-every", "0"], "save-every"), (["--lr", "nan"], "rate"), (["--clip", "0"], "clip"),
     (["--trajectories", "1.5"], "trajectories"), (["--ema", "1"], "ema"),
     (["--start-steps", "60"], "power of two"), (["--end-steps", "0"], "power of two"),
-    (["--guide", "huge"], "invalid choice"), (["--data", "nowhere"], "not a folder"),
+    (["--guide", "huge"], "invalid choice"), (["--data", "nowhere"], "does not exist"),
     (["--resume"], "no unfinished run"), (["--weights", "nowhere.safetensors"], "does not exist"),
     (["--init", "nowhere.safetensors"], "does not exist"), (["--seed", "-1"], "seed"),
 ])
