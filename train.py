@@ -77,6 +77,8 @@ class Config:
 
     guide: str = option("tiny", "which guide to train", choices=("tiny", "full"))
     weights: str = option("", "Stable Diffusion 1.5 to guide; looked for, else the miniature")
+    lora: tuple[str, ...] = option((), "a LoRA to merge into the base: FILE or FILE:scale; may be "
+                                       "given again")
     data: tuple[str, ...] = option((), "a folder of pictures with .txt or .caption files, or with "
                                        "metadata.jsonl or .csv (file_name, text); img2dataset's "
                                        "shards: a .tar, a folder, 'shards/{00000..00012}.tar'; "
@@ -750,7 +752,7 @@ class Run:
         self.guide, self.teacher = self.new_guide(), self.new_guide().requires_grad_(False)
         self.guide.start_from(base.unet)
         self.empty = base.embed([config.uncond]).float()
-        self.base_hash = ppdd.fingerprint(base.path)
+        self.base_hash = ppdd.fingerprint(base.path, base.loras)
         self.stages, self.stage, self.update = stages(config), 0, 0
         self.stopped, self.stopping = 0, False                   # a signal here; one to any process
         slots = torch.arange(config.batch)[rank()::world()]
@@ -1143,10 +1145,11 @@ def prepare(config: Config) -> Run:
     device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
     path = ppdd.find_weights(config.weights)
     base = ppdd.load_base(path, device=device)
+    merged = ppdd.merge_loras(base, config.lora)
     base.unet.to(memory_format=torch.channels_last)
     config = complete(config, base)
     if rank() == 0:
-        print(f"base: {base.name} ({path})")
+        print(f"base: {base.name} ({path})", *merged, sep="\n")
     unfinished = any(Path(config.run).glob("state-*.safetensors"))
     if config.resume and not unfinished:
         raise BadInput(f"{config.run} holds no unfinished run: leave out --resume")

@@ -320,3 +320,13 @@ def test_a_tiny_guide_that_is_zero_throughout_never_gets_wider_than_one_channel(
     assert run_.guide.theta_z3[0].weight.any()
     assert (channels - channels[0]).abs().max().item() < 1e-9 or not zero
     assert zero or (channels - channels[0]).abs().max() > 1e-4
+
+
+def test_a_guide_is_trained_on_a_base_with_a_lora(base, here, capsys):
+    layer = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k"
+    ppdd.save_tensors(here / "style.safetensors", {f"{layer}.lora_A.weight": torch.ones(2, 32),
+                                                   f"{layer}.lora_B.weight": torch.ones(32, 2)})
+    run(base, "--lora", "style.safetensors:0.5", "--end-steps", "64", updates=1)
+    assert "LoRA: style.safetensors, merged at 0.5" in capsys.readouterr().out
+    _, about = ppdd.read_about(here / "guides/toy+style/tiny.safetensors")
+    assert about["base"] == "toy+style" and about["base_hash"] != ppdd.fingerprint(base)
