@@ -327,7 +327,7 @@ class Inception(nn.Module):
 def find_inception(given: str = "") -> Path | None:
     """The weight file given, else one in ./weights or in torch's cache, else None."""
     if given:
-        return Path(given).expanduser()
+        return path_of(given)
     folders = (Path("weights"), Path(torch.hub.get_dir()) / "checkpoints")
     return next((f / INCEPTION for f in folders if (f / INCEPTION).is_file()), None)
 
@@ -418,7 +418,7 @@ def _load_open_clip(open_clip, spec: str) -> Clip:
     name, _, weights = spec.partition(":")
     if name not in open_clip.list_models() or not weights:
         raise BadInput(f"--clip {spec}: MODEL:TAG, MODEL:FILE or mini, for example {VIT_G}")
-    known, file = open_clip.get_pretrained_cfg(name, weights), Path(weights).expanduser()
+    known, file = open_clip.get_pretrained_cfg(name, weights), path_of(weights)
     if not known and not file.is_file():
         tags = ", ".join(open_clip.list_pretrained_tags_by_model(name)) or "none"
         raise BadInput(f"--clip {spec}: there is no such file, nor such a tag of {name} ({tags})")
@@ -485,12 +485,17 @@ THREADS, AHEAD = 4, 3           # that decode pictures, and how many batches the
 SHEET = re.compile(r"(grid|compare)(-\d+)?\.png")
 
 
+def path_of(given: str | Path) -> Path:
+    """The path given, with ~ for the home folder, where there is one."""
+    return Path(os.path.expanduser(given))
+
+
 def picture_files(folder: str | Path) -> list[Path]:
     """The pictures below a folder, "9.png" before "10.png"; raises BadInput where there are none.
 
     Contact sheets of sample.py are not among them.
     """
-    folder = Path(folder).expanduser()
+    folder = path_of(folder)
     if not folder.is_dir():
         raise BadInput(f"{folder}: there is no such folder")
     kinds = {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN}
@@ -573,7 +578,7 @@ def read_prompts(path: str | Path, count: int = 0, seed: int = 0) -> list[str]:
     order of image ids; the first line of a .tsv or .csv names a column `caption`, `text` or
     `prompt`. Blank ones are passed over. Raises BadInput.
     """
-    path = Path(path).expanduser()
+    path = path_of(path)
     readers = {".json": _coco_captions, ".csv": _captions_in_table, ".tsv": _captions_in_table}
     try:
         text = path.read_text(encoding="utf-8-sig")
@@ -681,8 +686,8 @@ def surroundings(config: Config | SpeedConfig, *more: str) -> dict:
 def result_file(config: Config) -> Path:
     """Where the JSON goes; --quick never overwrites a real result."""
     if not config.quick:
-        return Path(config.out or f"results/{config.command}.json").expanduser()
-    path = Path(config.out or PICTURES / f"{config.command}.json").expanduser()
+        return path_of(config.out or f"results/{config.command}.json")
+    path = path_of(config.out or PICTURES / f"{config.command}.json")
     return path.with_stem(f"{path.stem.removesuffix('-quick')}-quick")
 
 
@@ -702,7 +707,7 @@ FEW = 2048                      # pictures under which FID's bias is large
 
 def run_fid(config: Config) -> None:
     """`fid A B`: the distance between two sets of pictures, each a folder or an .npz."""
-    paths = [Path(path).expanduser() for path in config.paths]
+    paths = [path_of(path) for path in config.paths]
     refuse((len(paths) != 2 and not (len(paths) == 1 and config.save),
             "fid takes two folders of pictures or .npz files, or one and --save FILE"))
     folders = [path for path in paths if path.suffix.lower() != ".npz"]
@@ -715,7 +720,7 @@ def run_fid(config: Config) -> None:
         name, features = extractor(config, mini)
     sets = [known.get(path) or measured(config, path, name, features) for path in paths]
     if config.save:
-        file = Path(config.save).expanduser()
+        file = path_of(config.save)
         file = file if file.suffix.lower() == ".npz" else file.with_name(f"{file.name}.npz")
         sets[0].save(file)
         print(f"statistics of {sets[0].n or 'some'} pictures in {file}")
@@ -782,7 +787,7 @@ def doubts(sets: list[Statistics], name: str) -> list[str]:
 def run_clip(config: Config) -> None:
     """`clip DIR --prompts FILE`: the CLIP score of pictures; prompt k belongs to the k-th."""
     refuse((len(config.paths) != 1, "clip takes one folder of pictures, and --prompts FILE"))
-    folder = Path(config.paths[0]).expanduser()
+    folder = path_of(config.paths[0])
     prompts = prompts_of(config, picture_files(folder))
     spec = config.clip or ("mini" if of_miniature(folder) else VIT_G)
     clip, cosines = load_clip(spec, config.device), []
@@ -1104,7 +1109,7 @@ def guide_row(config: Config, base: Base, name: str) -> Row:
 def find_guide(base: Base, name: str) -> Path:
     """guides/BASE/NAME.safetensors; for small bases also the bundled ones, in mini/guides."""
     if name.endswith(".safetensors"):
-        return Path(name).expanduser()
+        return path_of(name)
     places = [Path("guides") / base.name / f"{name}.safetensors"]
     if is_mini(base):
         places.append(ppdd.MINI.parent / "guides" / f"{name}.safetensors")
@@ -1273,7 +1278,7 @@ class Bench:
         """Statistics of the real pictures: those of --real, else postcards in the base's style."""
         config, (name, features) = self.config, self.extractor
         if config.real.lower().endswith(".npz"):
-            real = Statistics.load(Path(config.real).expanduser())
+            real = Statistics.load(path_of(config.real))
             blank = torch.zeros(1, 3, 64, 64, dtype=torch.uint8, device=config.device)
             refuse((real.of not in ("", identity(name, features)) or
                     real.mean.size != features(blank).shape[1],
@@ -1407,7 +1412,7 @@ def plugged(config: Config, base: Base) -> list[Row]:
 def styles(config: Config) -> list[Path]:
     """The files of the fine-tuned bases: --bases, else the miniature's three styles."""
     if config.bases:
-        return [Path(path).expanduser() for path in config.bases]
+        return [path_of(path) for path in config.bases]
     paths = [ppdd.MINI.parent / "styles" / f"{s}.safetensors" for s in postcards.STYLES[1:]]
     refuse(*((not path.exists(), f"there is no {path}: make the miniature's styles with "
               "`python mini/train.py --styles-only`, or pass --bases FILE ...") for path in paths))
@@ -1823,7 +1828,7 @@ def heading(row: Row) -> str:
 
 
 def show(config: Config, sheet: Image.Image) -> None:
-    path = Path(config.out or f"docs/{config.command}.png").expanduser()
+    path = path_of(config.out or f"docs/{config.command}.png")
     save_png(path, sheet)
     print(f"{path}: {sheet.width} × {sheet.height}")
 
@@ -1989,7 +1994,7 @@ def quality(config: Config) -> None:
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
     figure.suptitle(f"{name}, g = {g}: quality over time. Beside each point its number of steps; "
                     "bars: standard deviation over seeds", fontsize=10)
-    path = Path(config.out or "docs/quality.png").expanduser()
+    path = path_of(config.out or "docs/quality.png")
     with ppdd.written(path) as temporary:
         figure.savefig(temporary, format="png", dpi=130)
     print(path)
@@ -2089,7 +2094,7 @@ def speed(config: SpeedConfig) -> None:
     result = {"size": config.size, "protocol": speed_protocol(config), "limit": limit,
               "checked": checked, "rows": rows, "ratios": speed_ratios(rows), "left out": left_out}
     name = f"speed-{config.size}-{torch.device(config.device).type}{'-quick' * config.quick}.json"
-    finish(Path(config.out or f"results/{name}").expanduser(), result, speed_markdown(result))
+    finish(path_of(config.out or f"results/{name}"), result, speed_markdown(result))
 
 
 def random_base(config: SpeedConfig) -> tuple[Base, dict[str, nn.Module]]:
@@ -2446,7 +2451,7 @@ class Parser(argparse.ArgumentParser):
     """Answers bad input with one sentence, without its usage."""
 
     def error(self, message: str) -> None:
-        self.exit(2, f"{self.prog}: {message}\n")
+        self.exit(2, f"{self.prog}: {' '.join(message.split())}\n")
 
 
 def command_line(kind: type) -> Parser:
@@ -2504,6 +2509,9 @@ def main(argv: list[str] | None = None) -> None:
     parser = command_line(kind)
     given = {k: tuple(v) if isinstance(v, list) else v
              for k, v in vars(parser.parse_intermixed_args(argv)).items()}
+    for f in fields(kind):                                   # argparse makes a list of --seed=--
+        if isinstance(given[f.name], tuple) and not isinstance(f.default, tuple):
+            parser.error(f"argument --{f.name}: expected one argument")
     try:
         config = decide(kind(**given))
         COMMANDS[config.command](config)

@@ -588,7 +588,7 @@ class Cached(Pictures):
             digest.update(name.encode())
             digest.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy())
         digest.update(f"{size} {self.identity}".encode())
-        self.folder = Path(cache).expanduser() / digest.hexdigest()[:16]
+        self.folder = Path(os.path.expanduser(cache)) / digest.hexdigest()[:16]
         self.shard = functools.lru_cache(64)(self.open)
         shards = range(math.ceil(self.pictured / self.SHARD))
         for number in tqdm(shards[rank()::world()], f"caching in {self.folder}", leave=False,
@@ -1120,9 +1120,16 @@ class Run:
 
 # ------------------------------------------------------------------------------- command line
 
+class Parser(argparse.ArgumentParser):
+    """Answers bad input with one sentence, without its usage."""
+
+    def error(self, message: str) -> None:
+        self.exit(2, f"{self.prog}: {' '.join(message.split())}\n")
+
+
 def parse(argv: list[str] | None = None) -> Config:
     """The command line, one flag a field of `Config`."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Parser(prog="train.py", description=__doc__.splitlines()[0])
     for f in fields(Config):
         flag, more = "--" + f.name.replace("_", "-"), dict(f.metadata)
         more["help"] += "" if f.default in ("", False, ()) else " (%(default)s)"
@@ -1157,7 +1164,7 @@ def prepare(config: Config) -> Run:
         raise BadInput(f"{config.run} holds an unfinished run: go on with --resume, "
                        "or give another --run")
     for folder in (config.run, config.out, *[config.cache] * bool(config.cache)):
-        check_writable(Path(folder).expanduser())
+        check_writable(Path(os.path.expanduser(folder)))
     held = lock(Path(config.run)) if rank() == 0 else None
     try:
         run = begin(config, base)
