@@ -337,7 +337,7 @@ def test_absurd_values_end_in_a_sentence_or_are_right(base, here, capsys, monkey
     monkeypatch.setattr(train.Run, "train", lambda self: None)
     monkeypatch.setattr(train, "Postcards", lambda base, count, seed: type(
         "Stub", (), {"pictured": count, "identity": "", "side": 8})())
-    monkeypatch.setattr(ppdd, "fingerprint", lambda path: "")
+    monkeypatch.setattr(ppdd, "fingerprint", lambda *of: "")
     for field in fields(train.Config):
         odd = [[v] for v in ODD]
         if field.name == "g_range":
