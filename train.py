@@ -77,8 +77,7 @@ class Config:
 
     guide: str = option("tiny", "which guide to train", choices=("tiny", "full"))
     weights: str = option("", "Stable Diffusion 1.5 to guide; looked for, else the miniature")
-    lora: tuple[str, ...] = option((), "a LoRA to merge into the base: FILE or FILE:scale; may be "
-                                       "given again")
+    lora: tuple[str, ...] = option((), "LoRA files to merge into the base: FILE or FILE:scale")
     data: tuple[str, ...] = option((), "a folder of pictures with .txt or .caption files, or with "
                                        "metadata.jsonl or .csv (file_name, text); img2dataset's "
                                        "shards: a .tar, a folder, 'shards/{00000..00012}.tar'; "
@@ -106,7 +105,7 @@ class Config:
     form: str = option("sum", "tiny: Eq. 5's sum, or g times what time and text say",
                        choices=("sum", "product"))
     pictures: int = option(6000, "the miniature's training pictures")
-    accumulate: int = option(1, "a batch is taken in so many parts, one after another, for memory")
+    accumulate: int = option(1, "split each batch into so many parts, one by one, to save memory")
     checkpointing: bool = option(False, "recompute the decoder's blocks backwards, for memory")
     cache: str = option("", "keep moments and text states of --data in this folder, fp16")
     clip: float = option(1.0, "gradients are clipped to this norm")
@@ -122,7 +121,7 @@ class Config:
     init: str = option("", "start stage one's guide from this file and skip stage one")
     resume: bool = option(False, "go on where the run in this folder stopped")
     save_every: int = option(500, "updates between checkpoints")
-    keep: int = option(2, "so many checkpoints are kept")
+    keep: int = option(2, "how many checkpoints to keep")
     grid_every: int = option(1000, "updates between pictures of CFG beside guide; 0: none")
 
 
@@ -139,7 +138,7 @@ WEIGHTS = {"eps": None, "root-snr": ppdd.root_snr, "snr": ppdd.truncated_snr}
 
 
 def complete(config: Config, base: Base) -> Config:
-    """The configuration with every 0 and "auto" replaced by what it stands for."""
+    """The configuration with every 0, "auto" and ~ replaced by what it stands for."""
     size = "sd" if base.unet.config.model_channels >= 256 else "mini"
     optimizer, lr, updates, halving_lr, halving_updates = LENGTHS[size, config.guide]
     limit = config.max_updates or math.inf
@@ -150,12 +149,14 @@ def complete(config: Config, base: Base) -> Config:
         halving_lr=config.halving_lr or halving_lr,
         updates=int(min(config.updates or updates, limit)),
         halving_updates=int(min(config.halving_updates or halving_updates, limit)),
-        run=config.run or f"runs/{base.name}/{name}")
+        run=os.path.expanduser(config.run or f"runs/{base.name}/{name}"),
+        **{k: os.path.expanduser(getattr(config, k)) for k in ("out", "init", "cache")})
 
 
 def check(config: Config) -> None:
     """Raises BadInput for settings that cannot work, before anything is loaded."""
     low, high = config.g_range
+    device = re.fullmatch(r"cpu|(cuda)(:([0-9]))?|", config.device)
     for wrong, sentence in (
         (not (0 <= low <= high < 100 and high > 0),
          f"--g-range {low:g} {high:g}: give LOW <= HIGH, from 0 to 100, and not both 0"),
@@ -178,10 +179,8 @@ def check(config: Config) -> None:
         (not 0 <= config.seed < 2**31, f"--seed {config.seed}: from 0 to 2147483647"),
         (not _halves(config.start_steps, config.end_steps), "--start-steps must be --end-steps "
          "times a power of two, at most 1000: 64 and 8, for example"),
-        (not re.fullmatch(r"(cpu|cuda(:\d)?)?", config.device),
-         f"--device {config.device}: cpu, cuda or cuda:0, cuda:1, …"),
-        (config.device.startswith("cuda")
-         and int(config.device[5:] or 0) >= torch.cuda.device_count(),
+        (not device, f"--device {config.device}: cpu, cuda or cuda:0, cuda:1, …"),
+        (device and device[1] and int(device[3] or 0) >= torch.cuda.device_count(),
          f"--device {config.device}: no such CUDA device here; leave it out or pass cpu"),
     ):
         if wrong:
@@ -218,8 +217,9 @@ def together(config: Config) -> Iterator[Config]:
     if cuda:
         config = replace(config, device=f"cuda:{local}")
         torch.cuda.set_device(config.device)
-    distributed.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(seconds=60))
+    os.environ.setdefault("TORCH_NCCL_BLOCKING_WAIT", "1")      # else NCCL kills, and says nothing
     try:
+        distributed.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(seconds=60))
         patient()
         yield config
     except RuntimeError as error:
@@ -229,7 +229,8 @@ def together(config: Config) -> Iterator[Config]:
                        "message says why; --resume goes on from the last checkpoint") from error
     finally:
         patient.cache_clear()
-        distributed.destroy_process_group()
+        if distributed.is_initialized():
+            distributed.destroy_process_group()
 
 
 @functools.cache
@@ -265,7 +266,7 @@ def gather(*tensors: Tensor) -> None:
 class Postcards:
     """The miniature's own pictures and captions, drawn and encoded once, kept in memory."""
 
-    identity, skipped = "postcards", ()
+    skipped = ()
 
     def __init__(self, base: Base, count: int, seed: int):
         generator, rng = torch.Generator().manual_seed(seed), random.Random(seed)
@@ -279,6 +280,7 @@ class Postcards:
             states.append(base.embed(self.texts[-len(part):]).half())
         self.encoded, self.states = torch.cat(moments), torch.cat(states)
         self.side, self.pictured = self.encoded.shape[-1], count
+        self.identity = f"postcards {count} {seed}"
 
     def examples(self, count: int) -> list[str]:
         """Prompts for the pictures that show how far the guide is."""
@@ -352,7 +354,7 @@ def in_tar(file: str, skip: Callable) -> Iterator[Example]:
         with tarfile.open(file, "r:") as shard:
             while member := shard.next():
                 shard.members.clear()                              # else it keeps them all
-                key, suffix = os.path.splitext(member.name)
+                key, suffix = os.path.splitext(member.name if member.isfile() else "")
                 half = halves.setdefault(key, {})
                 if suffix.lower() in IMAGES:
                     half["picture"] = member.offset_data, member.size
@@ -430,13 +432,14 @@ def reader(given: str) -> Callable[[str, Callable], Iterator[Example]]:
     raise BadInput(f"--data {given} does not exist: {DATA}")
 
 
-@functools.lru_cache(maxsize=64)
 def stamp(file: str) -> tuple:
     """A file's name, size and time: what tells that it is still the same."""
     try:
         stat = os.stat(file)
     except OSError:
         return (file,)
+    except ValueError as error:
+        raise BadInput(f"--data: no file can be called {file!r} ({error})") from error
     return os.path.basename(file), stat.st_size, stat.st_mtime_ns
 
 
@@ -473,12 +476,14 @@ class Pictures:
 
     def __init__(self, base: Base, given: Sequence[str], size: int):
         self.base, self.size, self.side = base, size, size // 8
+        self.device = next(base.unet.parameters()).device
         self.skipped: dict[int | str, str] = {}                       # row or file: what is wrong
         self.lock, self.pool = Lock(), ThreadPoolExecutor(min(8, os.cpu_count() or 1))
         self.index, digest = sqlite3.connect("", check_same_thread=False), hashlib.sha256()
+        known = functools.lru_cache(64)(stamp)                # a shard's is asked for often
         self.index.execute("CREATE TABLE example (id INTEGER PRIMARY KEY, file, first, size, text)")
         for row, example in enumerate(self.examples_of(given)):
-            digest.update(repr((stamp(example[0]), *example[1:])).encode())
+            digest.update(repr((known(example[0]), *example[1:])).encode())
             self.index.execute("INSERT INTO example VALUES (?, ?, ?, ?, ?)",
                                (row, os.fsencode(example[0]), *example[1:]))
         self.identity = digest.hexdigest()
@@ -523,7 +528,8 @@ class Pictures:
 
     def prompts(self, rows: list[int]) -> Tensor:
         """Prompt states (B, L, D)."""
-        return self.base.embed(self.captions(rows)).float()
+        with torch.autocast(self.device.type, enabled=False):
+            return self.base.embed(self.captions(rows)).float()
 
     def picture(self, row: int) -> Tensor | None:
         """(3, size, size) uint8; None, and noted, where it can't be used."""
@@ -556,8 +562,9 @@ class Pictures:
 
     def moments(self, pictures: Tensor) -> Tensor:
         """(B, 2 Z, H, W), unscaled, of pictures (B, 3, 8 H, 8 W) uint8."""
-        device = next(self.base.unet.parameters()).device
-        return self.base.vae.encode(pictures.to(device).float() / 127.5 - 1).float()
+        with torch.autocast(self.device.type, enabled=False):
+            return torch.cat([self.base.vae.encode(part.to(self.device).float() / 127.5 - 1)
+                              for part in pictures.split(8)]).float()
 
 
 def sync(path: Path) -> None:
@@ -566,6 +573,10 @@ def sync(path: Path) -> None:
         descriptor = os.open(part, os.O_RDONLY)
         try:
             os.fsync(descriptor)
+        except OSError as error:
+            if part == path:
+                raise
+            warnings.warn(f"{part} can't be synced ({error.strerror})", stacklevel=1)
         finally:
             os.close(descriptor)
 
@@ -587,8 +598,8 @@ class Cached(Pictures):
         for name, tensor in itertools.chain(*(w.items() for w in weights)):
             digest.update(name.encode())
             digest.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy())
-        digest.update(f"{size} {self.identity}".encode())
-        self.folder = Path(os.path.expanduser(cache)) / digest.hexdigest()[:16]
+        digest.update(f"1 {self.SHARD} {size} {self.identity}".encode())  # 1: raise with `square`
+        self.folder = Path(cache) / digest.hexdigest()[:16]
         self.shard = functools.lru_cache(64)(self.open)
         shards = range(math.ceil(self.pictured / self.SHARD))
         for number in tqdm(shards[rank()::world()], f"caching in {self.folder}", leave=False,
@@ -599,6 +610,8 @@ class Cached(Pictures):
                 self.make(number)
         wait()
         self.good = torch.cat([self.open(i).get_tensor("good") for i in shards])
+        for row in (~self.good).nonzero().flatten().tolist():
+            self.skipped.setdefault(row, f"{self.example(row)[0]} (not usable when cached)")
 
     def open(self, number: int) -> safe_open:
         return safe_open(self.folder / f"{number:06d}.safetensors", framework="pt")
@@ -631,11 +644,10 @@ class Cached(Pictures):
         raise BadInput(f"--data: no picture could be used{self.told()}")
 
     def moments(self, pictures: Tensor) -> Tensor:
-        return pictures.to(next(self.base.unet.parameters()).device)
+        return pictures.to(self.device)
 
     def prompts(self, rows: list[int]) -> Tensor:
-        device = next(self.base.unet.parameters()).device
-        return torch.cat([self.read("states", row).to(device) if row < self.pictured else
+        return torch.cat([self.read("states", row).to(self.device) if row < self.pictured else
                           super(Cached, self).prompts([row]) for row in rows])
 
 
@@ -692,10 +704,12 @@ def lock(folder: Path) -> TextIO:
     file = (folder / "lock").open("w")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
+    except BlockingIOError as error:
         file.close()
-        raise BadInput(f"{folder} is in use by another run ({error.strerror}): wait for its end, "
-                       "or give another --run") from error
+        raise BadInput(f"{folder} is in use by another run: wait for its end, or give another "
+                       "--run") from error
+    except OSError as error:
+        warnings.warn(f"{folder} can't be locked ({error.strerror}): one run only", stacklevel=1)
     for left in folder.glob(".*.tmp"):                           # by a run that was killed
         left.unlink(missing_ok=True)
     return file
@@ -775,7 +789,8 @@ class Run:
         self.stage = 1
 
     def new_guide(self) -> nn.Module:
-        return ppdd.build_guide(self.base.unet.config, self.guide_config).to(self.device)
+        guide = ppdd.build_guide(self.base.unet.config, self.guide_config)
+        return ppdd._laid_out(guide.to(self.device))
 
     def begin_stage(self) -> None:
         self.walk: dict[str, Tensor] = {}                              # see `on_the_way`
@@ -868,16 +883,14 @@ class Run:
         unet, guide, weight = self.base.unet, self.guide, WEIGHTS[self.config.loss]
         if not stage.steps:
             empty = self.empty.expand(len(z), -1, -1)
-            result = ppdd.cfg_distillation(unet, guide, z, t, c, empty, g, weight)
-        else:
-            after = following(2 * stage.steps).to(self.device)
-            result = ppdd.halving(unet, guide, self.teacher, z, t, after[t], after[after[t]], c, g,
-                                  weight)
-        return result
+            return ppdd.cfg_distillation(unet, guide, z, t, c, empty, g, weight)
+        after = following(2 * stage.steps).to(self.device)
+        return ppdd.halving(unet, guide, self.teacher, z, t, after[t], after[after[t]], c, g,
+                            weight)
 
     def step(self, stage: Stage) -> tuple[float, float, float]:
         """One update, part by part; returns loss, unexplained share and norm of the gradient."""
-        generator = self.generator(self.stage, self.update)
+        generator, first = self.generator(self.stage, self.update), not self.loading
         noise, t, g = self.draw(stage, generator)
         target = torch.zeros_like(self.walk["z"])
         told = torch.zeros(len(t), len(TOLD), dtype=torch.float64, device=self.device)
@@ -898,6 +911,8 @@ class Run:
                        torch.tensor(rows), torch.tensor(self.stopped))
             for k, column in enumerate(columns):
                 told[slots, k] = column.to(told)
+        if self.config.compile and first:
+            wait()                                          # compiling may take over a minute
         gather(told, target, *(p.grad for p in self.guide.parameters() if p.grad is not None))
         norm = nn.utils.clip_grad_norm_(self.guide.parameters(), self.config.clip)
         loss, error, correction, _, stop = told.sum(0).tolist()
@@ -924,19 +939,20 @@ class Run:
         usual = np.mean([n for _, _, n in self.recent]) if len(self.recent) >= 10 else math.inf
         if math.isfinite(loss) and math.isfinite(norm) and norm <= EXPLODED * usual:
             return
-        self.save()
+        self.save(False)
         error = told[:, TOLD.index("error")]
         worst = (~error.isfinite()).nonzero().flatten() if not error.isfinite().all() else (
             error.argsort(descending=True)[:1])
         named = "; ".join(
             f"t {t[i]}, g {g[i]:.3g}, {self.data.captions([int(told[i, TOLD.index('row')])])[0]!r}"
             for i in worst[:3].tolist())
+        before = f" (before, {usual:.4g})" * math.isfinite(usual)
+        older = "delete that file and go on from the one before with " * (len(self.states()) > 1)
         raise BadInput(
-            f"the loss is {loss:.4g} and the gradient's norm {norm:.4g} (before, {usual:.4g}) at "
-            f"update {self.update + 1} ({stage.title}), where {named}. The state before it is kept "
-            f"in {self.folder / self.state_name()}: try --resume --dtype fp32, or delete that "
-            "file and go on from the one before with --resume and a lower "
-            f"--{'halving-' * bool(stage.steps)}lr (now {stage.lr:g})")
+            f"the loss is {loss:.4g} and the gradient's norm {norm:.4g}{before} at update "
+            f"{self.update + 1} ({stage.title}), where {named}. The state before it is kept "
+            f"in {self.folder / self.state_name()}: try --resume --dtype fp32, or {older}--resume "
+            f"and a lower --{'halving-' * bool(stage.steps)}lr (now {stage.lr:g})")
 
     # -- the whole run
 
@@ -957,8 +973,8 @@ class Run:
                 self.save()
             self.finish()
         except (OSError, SafetensorError) as error:
-            raise BadInput(f"writing failed ({error}): make room, or give back the permission, and "
-                           "go on with --resume from the last state that was saved") from error
+            raise BadInput(f"reading or writing failed ({error}): make room, or give back the "
+                           "permission, and --resume goes on from the last checkpoint") from error
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
@@ -1016,9 +1032,9 @@ class Run:
         pictures = [torch.cat(list(self.base.decode(row).cpu()), dim=2) for row in rows]
         pictures = torch.cat(pictures, dim=1)                                  # (3, 2 H, 4 W)
         image = Image.fromarray(pictures.permute(1, 2, 0).numpy())
-        temporary = self.folder / ".grid.tmp"
-        image.save(temporary, format="png")
-        temporary.replace(self.folder / f"{self.config.guide}{stage.suffix}-{self.update:06d}.png")
+        name = f"{self.config.guide}{stage.suffix}-{self.update:06d}.png"
+        with ppdd.written(self.folder / name) as temporary:
+            image.save(temporary, format="png")
 
     # -- on disk
 
@@ -1049,7 +1065,7 @@ class Run:
         return sorted(self.folder.glob("state-*.safetensors"))
 
     @by_the_first
-    def save(self) -> None:
+    def save(self, prune: bool = True) -> None:
         """The whole state in one safetensors file; older ones go once it is safely on disk."""
         tensors = {f"walk.{k}": v for k, v in self.walk.items()}
         for name, module in self.modules():
@@ -1061,7 +1077,7 @@ class Run:
         ppdd.save_tensors(path, tensors | ppdd.optimizer_tensors(self.optimizer),
                           {"state": json.dumps(state)})
         sync(path)
-        for old in self.states()[:-self.config.keep]:
+        for old in self.states()[:-self.config.keep] if prune else ():
             old.unlink()
 
     def load(self) -> None:
@@ -1072,8 +1088,9 @@ class Run:
                     state = json.loads(opened.metadata()["state"])
                     tensors = {name: opened.get_tensor(name) for name in opened.keys()}
                 break
-            except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+            except (SafetensorError, KeyError, TypeError, ValueError) as error:
                 print(f"{path} is damaged ({error}): going back to the one before")
+                wait()                                           # until the others have read it too
                 if rank() == 0:
                     path.rename(path.with_suffix(".damaged"))
         else:
@@ -1097,10 +1114,9 @@ class Run:
         if log.exists():
             entries = [json.loads(line) for line in log.read_text().splitlines()
                        if line.endswith("}")]                          # the last may be half a line
-            temporary = log.with_suffix(".tmp")
-            temporary.write_text("".join(json.dumps(e) + "\n" for e in entries if
-                                         (e["stage"], e["update"]) <= (self.stage, self.update)))
-            temporary.replace(log)
+            kept = [e for e in entries if (e["stage"], e["update"]) <= (self.stage, self.update)]
+            with ppdd.written(log) as temporary:
+                temporary.write_text("".join(json.dumps(e) + "\n" for e in kept))
 
     def refuse_other_settings(self, state: dict) -> None:
         free = {"resume", "save_every", "grid_every", "device", "compile", "max_updates", "lr",
@@ -1114,6 +1130,9 @@ class Run:
         if state["base_hash"] != self.base_hash:
             raise BadInput(f"{self.folder} was begun on another base than {self.base.path}: "
                            "give the same --weights, or another --run")
+        if state["data"] != self.data.identity and not self.config.data:
+            raise BadInput(f"{self.folder} was begun with other postcards, as many as suit with or "
+                           "without --max-updates: give it, or leave it out, as then")
         if state["data"] != self.data.identity:
             tqdm.write("the data is not what it was: the run goes on with what is there now")
 
@@ -1136,7 +1155,7 @@ def parse(argv: list[str] | None = None) -> Config:
         if isinstance(f.default, bool):
             parser.add_argument(flag, action="store_true", **more)
         elif f.default == ():
-            parser.add_argument(flag, action="append", default=[], metavar="PATH", **more)
+            parser.add_argument(flag, nargs="+", action="extend", default=[], **more)
         elif isinstance(f.default, tuple):
             parser.add_argument(flag, type=float, nargs=2, metavar=("LOW", "HIGH"),
                                 default=f.default, **more)
@@ -1153,7 +1172,6 @@ def prepare(config: Config) -> Run:
     path = ppdd.find_weights(config.weights)
     base = ppdd.load_base(path, device=device)
     merged = ppdd.merge_loras(base, config.lora)
-    base.unet.to(memory_format=torch.channels_last)
     config = complete(config, base)
     if rank() == 0:
         print(f"base: {base.name} ({path})", *merged, sep="\n")
@@ -1164,7 +1182,7 @@ def prepare(config: Config) -> Run:
         raise BadInput(f"{config.run} holds an unfinished run: go on with --resume, "
                        "or give another --run")
     for folder in (config.run, config.out, *[config.cache] * bool(config.cache)):
-        check_writable(Path(os.path.expanduser(folder)))
+        check_writable(Path(folder))
     held = lock(Path(config.run)) if rank() == 0 else None
     try:
         run = begin(config, base)
@@ -1190,11 +1208,11 @@ def begin(config: Config, base: Base) -> Run:
     run = Run(config, base, data)
     if config.resume:
         run.load()
-        return run
-    if config.init:
+    elif config.init:
         run.start_from(Path(config.init))
-    if rank() == 0:
+    if rank() == 0 and not config.resume:
         (run.folder / "log.jsonl").unlink(missing_ok=True)
+    wait()                             # some take longer to come here than a gather's minute
     return run
 
 
@@ -1230,9 +1248,10 @@ def main(argv: list[str] | None = None) -> None:
               f"--accumulate (now {config.accumulate}), or add --checkpointing, --cache or "
               "--dtype bf16", file=sys.stderr)
         raise SystemExit(2) from None
-    except (BadInput, CheckpointError, OSError, SafetensorError) as error:
+    except (BadInput, CheckpointError, OSError, SafetensorError, sqlite3.Error) as error:
         where = f"train.py, process {rank()}" if world() > 1 else "train.py"
-        print(f"{where}: {error}", file=sys.stderr)
+        room = " in the index of --data: make room for temporary files, or set SQLITE_TMPDIR"
+        print(f"{where}: {error}{room * isinstance(error, sqlite3.Error)}", file=sys.stderr)
         raise SystemExit(2) from None
     finally:
         if run and run.held:
@@ -1242,8 +1261,11 @@ def main(argv: list[str] | None = None) -> None:
 def stopped(run: Run | None, argv: list[str] | None) -> str:
     """What to say on Ctrl-C: where the run stands, and how to go on."""
     states = run.states() if run else []
-    words = [w for w in (sys.argv[1:] if argv is None else argv) if w != "--resume"]
-    command = shlex.join(["python", "train.py", *words, *["--resume"] * bool(states)])
+    given = sys.argv[1:] if argv is None else argv
+    words = [w for w in given if w != "--resume"]
+    words += ["--resume"] * bool(states or "--resume" in given)
+    start = f"torchrun --nproc_per_node={world()}" if world() > 1 else "python"
+    command = shlex.join([*start.split(), "train.py", *words])
     return f"stopped{f', saved in {states[-1]}' if states else ''}; go on with: {command}"
 
 

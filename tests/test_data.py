@@ -5,9 +5,12 @@
 import csv
 import io
 import json
+import os
+import sqlite3
 import tarfile
 import tracemalloc
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -104,6 +107,18 @@ def test_shards_are_indexed_and_their_pictures_read_where_they_lie(loaded, tmp_p
     assert len(data.skipped) == (given == "{00000..00002}.tar")
 
 
+def test_a_shards_folders_and_links_are_no_halves(loaded, tmp_path):
+    file = shard(tmp_path / "s.tar", [("k.png", encoded(half())), ("k.txt", b"x")])
+    with tarfile.open(file, "a") as tar:
+        for kind, name in ((tarfile.DIRTYPE, "a.txt"), (tarfile.SYMTYPE, "b.txt"),
+                           (tarfile.DIRTYPE, "c.png")):
+            member = tarfile.TarInfo(name)
+            member.type, member.linkname = kind, "nowhere"
+            tar.addfile(member)
+    texts, data = captions(loaded, file)
+    assert texts == ["x"] and not data.skipped
+
+
 def test_a_damaged_shard_gives_what_is_whole_and_is_named(loaded, tmp_path):
     picture = encoded(half())
     entries = [(f"{i}.{s}", c) for i in range(3) for s, c in (("txt", b"x"), ("png", picture))]
@@ -153,6 +168,8 @@ def test_forms_are_mixed_and_prompts_go_last(loaded, tmp_path):
     ("captions.json", b'{"images": [{"id": 1, "file_name": "x"}], "annotations": '
                       b'[{"image_id": 1, "caption": null}]}', "COCO"),
     ("metadata.jsonl", b'{"text": "x"}', "file_name"), ("metadata.jsonl", b"[1]", "file_name"),
+    ("metadata.jsonl", b'{"file_name": "a\\u0000.png", "text": "x"}', "no file can be called"),
+    ("metadata.jsonl", b'{"file_name": "a\\ud800.png", "text": "x"}', "no file can be called"),
     ("metadata.csv", b"file_name,text\nx.png\n", "file_name"), ("empty.tar", b"", "no picture"),
     ("deep/x.md", b"", "does not exist"), ("no-{0..3}.tar", None, "no picture")])
 def test_a_set_that_gives_nothing_is_said_in_one_sentence(loaded, tmp_path, name, content, word):
@@ -282,6 +299,43 @@ def test_memory_does_not_grow_with_the_set(loaded, tmp_path):
     assert peaks[1] < 1.5 * peaks[0] + 100_000
 
 
+def test_the_index_of_a_large_set_lies_on_disk(loaded, tmp_path):
+    (tmp_path / "prompts.txt").write_text("".join(f"{i} {'a' * 500}\n" for i in range(10_000)))
+    data = train.Pictures(loaded, [str(tmp_path / "prompts.txt")], 64)
+    files = [os.path.realpath(file) for file in Path("/proc/self/fd").iterdir()]
+    assert len(data) == 10_000 and any("etilqs_" in file for file in files)    # SQLite's own name
+
+
+def test_a_full_temporary_disk_is_one_sentence(base, here, capsys, monkeypatch):
+    def full(self, given):
+        raise sqlite3.OperationalError("database or disk is full")
+
+    fill(here / "set", ["a"])
+    monkeypatch.setattr(train.Pictures, "examples_of", full)
+    with pytest.raises(SystemExit) as stopped:
+        train.main(["--weights", str(base), "--data", "set", "--device", "cpu"])
+    assert stopped.value.code == 2 and "SQLITE_TMPDIR" in capsys.readouterr().err
+
+
+def test_a_picture_that_was_replaced_makes_another_set(loaded, tmp_path):
+    fill(tmp_path, ["a"])
+    before = captions(loaded, tmp_path)[1].identity
+    assert captions(loaded, tmp_path)[1].identity == before
+    half((32, 32)).save(tmp_path / "000.png")
+    assert captions(loaded, tmp_path)[1].identity != before
+
+
+def test_encodings_are_in_float32_under_autocast_too(loaded, tmp_path):
+    fill(tmp_path, [f"caption {i}" for i in range(10)])
+    _, data = captions(loaded, tmp_path)
+    rows, pictures = data.load(list(range(10)))
+    plain = data.moments(pictures), data.prompts(rows)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(data.moments(pictures), plain[0])
+        assert torch.equal(data.prompts(rows), plain[1])
+    torch.testing.assert_close(plain[0][8:], data.moments(pictures[8:]))
+
+
 # ------------------------------------------------------------------------------- cache
 
 def test_a_cache_gives_the_moments_and_states_of_the_pictures(loaded, tmp_path, monkeypatch):
@@ -300,6 +354,8 @@ def test_a_cache_gives_the_moments_and_states_of_the_pictures(loaded, tmp_path, 
     torch.testing.assert_close(cached.prompts([*rows, 7]), plain.prompts([*rows, 7]), rtol=2e-3,
                                atol=2e-3)
     assert len(list(cached.folder.iterdir())) == 3
+    again = train.Cached(loaded, given, 64, str(tmp_path / "cache"))
+    assert "004.png (not usable when cached)" in again.told()
 
 
 def test_a_cache_is_gone_on_with_and_made_anew_for_what_changes_it(loaded, tmp_path, monkeypatch):
@@ -326,13 +382,15 @@ def test_a_cache_is_gone_on_with_and_made_anew_for_what_changes_it(loaded, tmp_p
     train.Cached(loaded, given[0], 64, given[1])
     assert made == [0, 1, 2, 1] and torch.equal(load_file(file)["moments"], whole["moments"])
     assert train.Cached(loaded, given[0], 128, given[1]).folder != first.folder
+    monkeypatch.setattr(train.Cached, "SHARD", 3)
+    assert train.Cached(loaded, given[0], 64, given[1]).folder != first.folder
     (tmp_path / "set" / "003.txt").write_text("another")
     assert train.Cached(loaded, given[0], 64, given[1]).folder != first.folder
     with torch.no_grad():
         next(loaded.vae.parameters())[0] += 1
         other = train.Cached(loaded, given[0], 64, given[1]).folder
         next(loaded.vae.parameters())[0] -= 1
-    assert len(list((tmp_path / "cache").iterdir())) == 4 and other != first.folder
+    assert len(list((tmp_path / "cache").iterdir())) == 5 and other != first.folder
 
 
 @pytest.mark.parametrize("given, word", [(["prompts.txt"], "prompts only"),

@@ -20,6 +20,7 @@ import time
 from dataclasses import fields, replace
 from multiprocessing import get_context
 from pathlib import Path
+from stat import S_ISDIR
 
 import pytest
 import torch
@@ -60,6 +61,12 @@ def together(folder, count, argv):
     return [start(folder, argv, {
         "RANK": str(i), "LOCAL_RANK": str(i), "WORLD_SIZE": str(count),
         "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}) for i in range(count)]
+
+
+def until_saved(folder, processes):
+    while not states(folder):
+        assert all(p.is_alive() for p in processes), (folder / "said").read_text()
+        time.sleep(0.01)
 
 
 def trained(folder):
@@ -140,8 +147,7 @@ def test_two_processes_make_the_updates_of_one_and_a_resume_may_change_their_num
             resume = ["--resume"] if states(folder) else []
             processes = together(folder, count, [*argv, *resume])
             if updates < 20:                         # the first is killed once it has saved
-                while not states(folder):
-                    time.sleep(0.01)
+                until_saved(folder, processes)
                 processes[0].kill()
             for process in processes:
                 process.join(300)
@@ -158,8 +164,7 @@ def test_two_processes_make_the_updates_of_one_and_a_resume_may_change_their_num
 def test_a_process_that_dies_ends_the_others_with_a_sentence(base, tmp_path):
     argv = flags(base, "--updates", "100000", "--save-every", "5")
     processes = together(tmp_path, 2, argv)
-    while not states(tmp_path):
-        time.sleep(0.01)
+    until_saved(tmp_path, processes)
     processes[1].kill()
     processes[0].join(300)
     assert processes[0].exitcode == 2
@@ -234,6 +239,53 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(base, here, capsys, h
     assert [int(p.stem[-8:]) for p in states(here)] == [4]
 
 
+def test_a_checkpoint_that_cannot_be_read_is_no_damaged_one(base, here, monkeypatch):
+    config, before = unfinished(base), states(here)
+
+    def broken(*_, **__):
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(train, "safe_open", broken)
+    with pytest.raises(OSError, match="Input/output"):
+        train.prepare(replace(config, resume=True))
+    assert states(here) == before
+
+
+def test_file_systems_without_locks_or_synced_folders_are_gone_on_with(tmp_path, monkeypatch):
+    def without(*_):
+        raise OSError(37, "No locks available")
+
+    monkeypatch.setattr(train.fcntl, "flock", without)
+    with pytest.warns(UserWarning, match="can't be locked"):
+        train.lock(tmp_path).close()
+    sync = os.fsync
+    monkeypatch.setattr(train.os, "fsync", lambda f: without() if S_ISDIR(os.fstat(f).st_mode)
+                        else sync(f))
+    with pytest.warns(UserWarning, match="can't be synced"):
+        train.sync(tmp_path / "lock")
+
+
+def test_what_is_said_on_a_stop_starts_the_same_run_again(base, monkeypatch):
+    assert train.stopped(None, ["--resume", "--run", "a b"]).endswith(
+        "python train.py --run 'a b' --resume")
+    assert "--resume" not in train.stopped(None, [])
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert train.stopped(None, []).endswith("torchrun --nproc_per_node=2 train.py")
+
+
+def test_a_process_that_never_comes_is_said_in_a_sentence(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_RANK", "0")
+
+    def nobody(*_, **__):
+        raise torch.distributed.DistStoreError("timed out")
+
+    monkeypatch.setattr(train.distributed, "init_process_group", nobody)
+    with pytest.raises(train.BadInput, match="another process"), train.together(
+            train.Config(device="cpu")):
+        pass
+
+
 def test_two_runs_do_not_share_a_folder(base, here, capsys):
     config = train.parse([str(f) for f in flags(base)])
     first = train.prepare(config)
@@ -299,6 +351,17 @@ def test_a_bad_update_is_not_made_and_what_made_it_is_named(base, here, monkeypa
     saved = load_file(states(here)[-1])
     assert "state-00-00000012" in said
     assert all(torch.equal(saved[f"guide.{k}"], v) for k, v in before.items())
+
+
+def test_the_state_before_a_bad_update_costs_no_older_one(base, here, monkeypatch):
+    config = unfinished(base, "--keep", "1")
+    run_ = train.prepare(replace(config, resume=True))
+    run_.step(run_.stages[0])
+    monkeypatch.setattr(train, "EXPLODED", -1)
+    run_.recent *= 10
+    with pytest.raises(train.BadInput, match="from the one before"):
+        run_.step(run_.stages[0])
+    assert [int(p.stem[-8:]) for p in states(here)] == [6, 7]
 
 
 def test_running_out_of_cuda_memory_says_what_to_lower(base, here, capsys, monkeypatch):

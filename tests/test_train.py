@@ -123,6 +123,26 @@ def test_an_unfinished_run_is_not_overwritten_nor_resumed_with_other_settings(ba
     assert states(here)
 
 
+def test_a_resume_refuses_other_postcards(base, here, capsys):
+    argv = ["--weights", str(base), "--batch", "4", "--pictures", "200", "--device", "cpu"]
+    unfinished = train.prepare(train.parse([*argv, "--max-updates", "2"]))
+    unfinished.save()
+    unfinished.held.close()
+    with pytest.raises(SystemExit) as stopped:
+        train.main([*argv, "--updates", "2", "--resume"])
+    assert stopped.value.code == 2 and "--max-updates" in capsys.readouterr().err
+    train.prepare(train.parse([*argv, "--max-updates", "3", "--resume"])).held.close()
+
+
+def test_a_tilde_is_the_home_folder_in_every_place(base, here, monkeypatch):
+    monkeypatch.setenv("HOME", str(here / "home"))
+    run(base, "--run", "~/run", "--out", "~/out", "--end-steps", "64", updates=1)
+    run(base, "--init", "~/out/toy/tiny.safetensors", "--start-steps", "16", updates=1)
+    assert (here / "home/run/log.jsonl").exists() and not (here / "~").exists()
+    assert (here / "home/out/toy/tiny.safetensors").exists()
+    assert set(guides(here)) == {"tiny-8"}
+
+
 def test_a_fixed_g_goes_into_the_name_and_a_negative_prompt_into_the_target(base, here):
     run(base, "--g-range", "8", "8", "--end-steps", "32", updates=2)
     plain = guides(here)
@@ -286,6 +306,7 @@ def test_a_loss_that_is_not_finite_stops_and_says_what_to_try(base, here, monkey
         run(base)
     said = capsys.readouterr().err
     assert stopped.value.code == 2 and "update 2" in said and "--lr" in said.split("lower")[1]
+    assert "before," not in said and "delete" not in said           # nothing usual, nothing older
 
 
 @pytest.mark.parametrize("more, word", [
@@ -297,6 +318,7 @@ def test_a_loss_that_is_not_finite_stops_and_says_what_to_try(base, here, monkey
     (["--guide", "huge"], "invalid choice"), (["--data", "nowhere"], "does not exist"),
     (["--resume"], "no unfinished run"), (["--weights", "nowhere.safetensors"], "does not exist"),
     (["--init", "nowhere.safetensors"], "does not exist"), (["--seed", "-1"], "seed"),
+    (["--device", "cuda:a"], "device"), (["--device", "cuda:9"], "no such CUDA device"),
 ])
 def test_bad_input_is_one_sentence_and_exit_code_2(base, here, capsys, more, word):
     with pytest.raises(SystemExit) as stopped:
