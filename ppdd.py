@@ -580,8 +580,8 @@ def read_shape(path: Path) -> UNetConfig | None:
 
 
 def _read_metadata(path: str | Path) -> tuple[GuideConfig, dict, UNetConfig | None]:
+    _, metadata = read_file(path, lambda names: {})
     try:
-        _, metadata = read_file(path, lambda names: {})
         config = read_config(GuideConfig, metadata["guide"], path)
         about = json.loads(metadata["about"])
         low, high = about.get("g_range") or (0, 1)
@@ -590,9 +590,6 @@ def _read_metadata(path: str | Path) -> tuple[GuideConfig, dict, UNetConfig | No
         shape = metadata.get("unet_config")
         return config, about, None if shape is None else read_config(UNetConfig, shape, path)
     except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
-        if not os.path.exists(path):
-            raise CheckpointError(
-                f"{path} does not exist: pass a guide that train.py saved") from error
         raise CheckpointError(f"{path} is not a guide: pass a .safetensors that train.py saved, "
                               "or tiny, full, cfg or none") from error
 
