@@ -536,10 +536,10 @@ def load_strict(
     """Gives every parameter of `module` its tensor, cast to the parameter's dtype.
 
     A module on the meta device adopts the tensors: copied one at a time where dtype or `device`
-    differ, otherwise not at all.  Any other module is filled in place.  1x1 convolutions accept the weight of a linear layer.  Raises
-    Misfit, naming what is missing, unexpected or of another shape, and CheckpointError for numbers
-    that are not finite, in the parameter's dtype; `source` is what the message calls the
-    checkpoint.
+    differ, otherwise not at all.  Any other module is filled in place.  1x1 convolutions accept the
+    weight of a linear layer.  Raises Misfit, naming what is missing, unexpected or of another
+    shape, and CheckpointError for numbers that are not finite, in the parameter's dtype; `source`
+    is what the message calls the checkpoint.
     """
     wanted = module.state_dict()
     ready = {name: _fit(tensor, wanted.get(name), device) for name, tensor in tensors.items()}
