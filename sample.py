@@ -275,6 +275,8 @@ def check(config: Config) -> None:
          f"--guides {config.guides}: there is no such folder"),
         ((config.compare or config.export) and processes()[1] > 1,
          "torchrun shares pictures out: run --compare and --export without it"),
+        (config.compare and config.compile,
+         "--compare times its columns, and --compile would be timed with them: leave one out"),
         (text != text.encode(errors="ignore").decode(), "a prompt holds bytes that are not text"),
     ):
         if wrong:

@@ -377,7 +377,7 @@ def test_a_comparison_without_a_guide_and_with_a_named_one(here, capsys):
     ("--weights no.safetensors", "no.safetensors does not exist"),
     ("--weights latin.txt", "latin.txt is"), ("--weights .", "pass the folder"),
     ("--weights lora.safetensors", "LoRA"), ("--compare --n 17", "32 rows"),
-    ("--nonsense", "nonsense"),
+    ("--compare --compile", "leave one out"), ("--nonsense", "nonsense"),
 ])
 def test_bad_input_is_answered_with_one_sentence(here, toys, capsys, line, part):
     Path("empty.txt").write_text(" \n\n")
