@@ -44,7 +44,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
 from functools import cached_property, partial
-from importlib.metadata import distributions
+from importlib.metadata import PackageNotFoundError, version
 from itertools import groupby, pairwise
 from pathlib import Path
 from typing import NamedTuple
@@ -676,11 +676,18 @@ def hardware(device: str | torch.device = "cpu") -> str:
 
 def surroundings(config: Config | SpeedConfig, *more: str) -> dict:
     """What every result file says of how it came about."""
-    there = {d.name.lower().replace("-", "_"): d.version for d in distributions()}
     packages = ("torch", "numpy", "scipy", "pillow", "open_clip_torch", *more)
     return {"settings": asdict(config), "hardware": hardware(config.device),
-            "versions": {package: there.get(package) for package in packages},
+            "versions": {package: installed(package) for package in packages},
             "commit": commit()}
+
+
+def installed(package: str) -> str | None:
+    """The package's version, where it is installed."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
 
 
 def result_file(config: Config) -> Path:
@@ -1287,7 +1294,7 @@ class Bench:
             return real
         real = Statistics(of=name)
         found = (pictures_in(config.real, config.batch, config.skip_bad) if config.real else
-                 (reversed(part) for part in self.drawn))
+                 ((None, pictures) for pictures, _ in self.drawn))
         for _, pictures in found:
             real.add(features(pictures.to(config.device)))
         return real
@@ -2030,16 +2037,17 @@ class SpeedConfig:
     """Settings of `eval.py speed`. Weights are random: they do not change what anything takes."""
 
     command: str = option("speed", "what to measure")
-    size: str = option("sd15", "of the networks: Stable Diffusion 1.5's, or the miniature's",
+    size: str = option("sd15", "which networks: Stable Diffusion 1.5's or the miniature's",
                        choices=("sd15", "mini"))
-    side: tuple[int, ...] = option((), "of the latents, an eighth of the pictures'; default: 64; "
-                                       "on a CPU 32 64, with --quick 16; mini: 8", type=int)
+    side: tuple[int, ...] = option((), "sides of the latents, an eighth of the pictures'; default: "
+                                       "64; on a CPU 32 64, with --quick 16; mini: 8", type=int)
     batch: tuple[int, ...] = option((), "pictures at a time; default: 1 4 16; on a CPU 1", type=int)
-    steps: tuple[int, ...] = option((), "of whole pictures; default: 8 16 50; on a CPU 8, with "
-                                        "--quick 2", type=int)
-    rounds: int = option(0, "that everything is measured; 0: 20; on a CPU 3, with --quick 1")
+    steps: tuple[int, ...] = option((), "numbers of steps of the whole pictures; default: 8 16 "
+                                        "50; on a CPU 8, with --quick 2", type=int)
+    rounds: int = option(0, "how often everything is measured; 0: 20; on a CPU 3, with "
+                            "--quick 1")
     device: str = option("", "cuda or cpu; default: cuda where there is one")
-    dtype: str = option("auto", "of all networks; auto: bf16 on CUDA, else fp32",
+    dtype: str = option("auto", "dtype of all networks; auto: bf16 on CUDA, else fp32",
                         choices=("auto", *DTYPES))
     compile: bool = option(False, "torch.compile, for us and the peer alike")
     peer: bool = option(False, "diffusers beside it, with the same weights")
@@ -2236,8 +2244,8 @@ def run_length(config: SpeedConfig) -> int:
     return 2 if config.device == "cpu" else 8
 
 
-def race(calls: dict[str, Callable], config: SpeedConfig, warm: int = True) -> dict[str, dict]:
-    """Milliseconds and peak memory of calls that take turns, round by round, once warm."""
+def race(calls: dict[str, Callable], config: SpeedConfig, warm: int = 1) -> dict[str, dict]:
+    """Milliseconds and peak memory of calls that take turns, after `warm` rounds unmeasured."""
     device, told = torch.device(config.device), {name: {"rounds": []} for name in calls}
     warm = 3 if config.compile or device.type == "cuda" else warm
     for k in tqdm(range(warm + config.rounds), desc=f"{next(iter(calls))} …", leave=False):
@@ -2338,8 +2346,10 @@ def speed_protocol(config: SpeedConfig) -> dict:
         "weights": "random, seed 0", "g": SPEED_G, "dtype": str(dtype_of(config)),
         "compiled": config.compile,
         "milliseconds": f"median and quartiles of {config.rounds} rounds in which everything "
-                        "takes turns, once warm; ratios are medians of each round's own",
-        "a step": f"a run of {run_length(config)} steps through ppdd.sample, by their number",
+                        "takes turns, after 3 that warm up, on a CPU 1 or, where it would be long, "
+                        "none; ratios are medians of each round's own",
+        "a step": f"the time of a run of {run_length(config)} steps of ppdd.sample, divided by "
+                  f"{run_length(config)}",
         "a picture": "text encoder, sampling, VAE; diffusers': StableDiffusionPipeline, DDIM",
         "memory": "peak resident size of the process, with all networks of this command in it" if
                   cpu else "peak allocated on the GPU, with all networks of this command on it",
