@@ -1707,7 +1707,7 @@ def beside_teacher(base: Base, guides: list[Row], gs: tuple[float, ...], z: Tens
         e_teacher = ppdd.cfg(eps_c, eps_empty, g)
         guidance = torch.full((len(z),), g, device=z.device)
         for r, row in enumerate(guides):
-            y = row.guide(guidance, emb, c, *((z, t) if row.guide.reads_latent else ()))
+            y = row.guide(guidance, emb, c, z, t)
             e = unet.decode(skips, h, emb, c, y).float()
             off = torch.stack([e - e_teacher, eps_c - e_teacher])
             sums[r, i] = off.square().mean((2, 3, 4)).sum(1).cpu()
@@ -2233,7 +2233,7 @@ def naive_loss(unet: UNet, guide: nn.Module, z: Tensor, t: Tensor, c: Tensor, em
     with torch.no_grad():
         eps = unet(torch.cat([z, z]), torch.cat([t, t]), torch.cat([c, empty])).float()
         e_teacher = ppdd.cfg(*eps.chunk(2), g)
-    y = guide(g, unet.embed_time(t), c, *((z, t) if guide.reads_latent else ()))
+    y = guide(g, unet.embed_time(t), c, z, t)
     return (unet(z, t, c, y).float() - e_teacher).square().mean()
 
 

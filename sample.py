@@ -412,10 +412,9 @@ def save_controlnet(folder: Path, guide: ppdd.FullGuide, name: str) -> Path:
     single = folder / f"{name}-controlnet.safetensors"
     ppdd.save_tensors(single, {f"control_model.{k}": v for k, v in tensors.items()})
     ppdd.save_tensors(folder / "diffusion_pytorch_model.safetensors",
-                 {folder_name(k, table): v for k, v in tensors.items()}, {"format": "pt"})
-    temporary = folder / f".config.json.{os.getpid()}.tmp"
-    temporary.write_text(json.dumps(_controlnet_config(guide), indent=2, sort_keys=True) + "\n")
-    temporary.replace(folder / "config.json")
+                      {folder_name(k, table): v for k, v in tensors.items()}, {"format": "pt"})
+    with ppdd.written(folder / "config.json") as temporary:
+        temporary.write_text(json.dumps(_controlnet_config(guide), indent=2, sort_keys=True) + "\n")
     return single
 
 
@@ -498,14 +497,11 @@ def slug(prompt: str) -> str:
 
 def save_png(path: Path, image: Image.Image, **chunks: str) -> None:
     """A PNG with text chunks, written under a temporary name and renamed: never half a file."""
-    info, temporary = PngInfo(), path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    info = PngInfo()
     for key, text in chunks.items():
         info.add_text(key, text)
-    try:
+    with ppdd.written(path) as temporary:
         image.save(temporary, "PNG", pnginfo=info)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def as_json(config: Config) -> str:

@@ -737,4 +737,4 @@ def test_a_broken_package_beside_ours_does_no_harm(tmp_path, monkeypatch):
     (tmp_path / "gone-1.0.dist-info").mkdir()
     monkeypatch.syspath_prepend(tmp_path)
     versions = ours.surroundings(ours.Config(device="cpu"), "nowhere")["versions"]
-    assert versions["torch"] == torch.__version__ and versions["nowhere"] is None
+    assert versions["torch"] in torch.__version__ and versions["nowhere"] is None

@@ -65,7 +65,7 @@ def trained(config: GuideConfig, seed: int = 4) -> nn.Module:
 
 def features(unet, guide, z, t, c, g):
     """What a guide of either kind adds."""
-    return guide(g, unet.embed_time(t), c, *((z, t) if guide.reads_latent else ()))
+    return guide(g, unet.embed_time(t), c, z, t)
 
 
 def guided(unet, guide, z, t, c, g):
