@@ -2124,7 +2124,7 @@ def random_base(config: SpeedConfig) -> tuple[Base, dict[str, nn.Module]]:
 
 
 def compile_networks(base: Base, pipe) -> Callable[..., Tensor]:
-    """Compiles the base as sample.py and train.py do, and the peer as its manual says.
+    """Compiles the base as sample.py does, and the peer as its manual says.
 
     Returns `ppdd.predict` as one graph.
     """
@@ -2142,8 +2142,6 @@ def compile_networks(base: Base, pipe) -> Callable[..., Tensor]:
         module.compile(**options)
     step, unet = graph(ppdd.predict), base.unet
     unet.forward, base.vae.decode = graph(unet.forward), graph(base.vae.decode)
-    for name in ("encode", "decode"):            # for the updates
-        setattr(unet, name, torch.compile(getattr(unet, name), dynamic=False))
     return step
 
 
@@ -2203,12 +2201,20 @@ class Task:
                          width=8 * self.z.shape[3], output_type=output).images
 
     def updates(self, name: str) -> dict[str, Callable]:
-        """One update of a guide, AdamW and all, as train.py makes it, and the naive way."""
-        unet, teacher, c, z = self.base.unet, self.guides[name], self.c, self.z.to(self.c)
-        guide = copy.deepcopy(teacher).float().requires_grad_()
+        """One update of a guide, AdamW and all, as train.py makes it, and the naive way.
+
+        All in float32, under autocast where the dtype is another; the base compiled in two halves.
+        """
+        unet, z, c, empty = self.base.unet, self.z, self.c.float(), self.empty.float()
+        unet = unet if self.c.dtype == torch.float32 else copy.deepcopy(unet).float()
+        for half in ("encode", "decode") * self.config.compile:
+            whole = getattr(UNet, half).__get__(unet)
+            setattr(unet, half, torch.compile(whole, dynamic=False))
+        teacher = copy.deepcopy(self.guides[name]).float().to(memory_format=torch.contiguous_format)
+        guide = copy.deepcopy(teacher).requires_grad_()
         optimizer = torch.optim.AdamW(guide.parameters())
         t, t_mid, t_end = (torch.full_like(self.t, t) for t in ppdd.step_grid(16)[4:7])
-        given, g = (unet, guide, z, t, c, self.empty), torch.full_like(self.t, 8).float()
+        given, g = (unet, guide, z, t, c, empty), torch.full_like(self.t, 8).float()
         losses = {
             "stage-one update": lambda: ppdd.cfg_distillation(*given, g).loss,
             "stage-one update, naive": lambda: naive_loss(*given, g),
@@ -2224,6 +2230,7 @@ class Task:
                 value = loss()
             optimizer.zero_grad(set_to_none=True)
             value.backward()
+        nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], 1.0)
         optimizer.step()
 
 
@@ -2231,10 +2238,12 @@ def naive_loss(unet: UNet, guide: nn.Module, z: Tensor, t: Tensor, c: Tensor, em
                g: Tensor) -> Tensor:
     """Algorithm 1 without sharing: a teacher's batch of two, then a whole pass of the student."""
     with torch.no_grad():
-        eps = unet(torch.cat([z, z]), torch.cat([t, t]), torch.cat([c, empty])).float()
-        e_teacher = ppdd.cfg(*eps.chunk(2), g)
-    y = guide(g, unet.embed_time(t), c, z, t)
-    return (unet(z, t, c, y).float() - e_teacher).square().mean()
+        both, emb = torch.cat([c, empty]), unet.embed_time(torch.cat([t, t]))
+        eps = unet.decode(*unet.encode(torch.cat([z, z]), emb, both), emb, both).float()
+        e_teacher, emb = ppdd.cfg(*eps.chunk(2), g), unet.embed_time(t)
+    y = guide(g, emb, c, z, t)
+    e = unet.decode(*unet.encode(z, emb, c), emb, c, y).float()
+    return (e - e_teacher).square().mean()
 
 
 # -- measuring
@@ -2355,8 +2364,8 @@ def speed_protocol(config: SpeedConfig) -> dict:
                   cpu else "peak allocated on the GPU, with all networks of this command on it",
         "arithmetic": "two operations a multiply-accumulate, attention's products included, of "
                       "plain passes: what a run computes once counts in each of its steps",
-        "an update": "forward, backward and AdamW, from latents and text states; the base in the "
-                     "dtype above, the guide in float32 under autocast",
+        "an update": "forward, backward, clipping and AdamW, from latents and text states; base "
+                     "and guide in float32, under autocast where the dtype above is another",
         **surroundings(config, "diffusers", "transformers")}
 
 
