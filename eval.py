@@ -44,7 +44,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
 from functools import cached_property, partial
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import distributions
 from itertools import groupby, pairwise
 from pathlib import Path
 from typing import NamedTuple
@@ -675,19 +675,12 @@ def hardware(device: str | torch.device = "cpu") -> str:
 
 
 def surroundings(config: Config | SpeedConfig, *more: str) -> dict:
-    """What every result file says of how it came about."""
+    """What every result file says of how it came about; a broken installation has no name."""
+    there = {(d.name or "").lower().replace("-", "_"): d.version for d in distributions()}
     packages = ("torch", "numpy", "scipy", "pillow", "open_clip_torch", *more)
     return {"settings": asdict(config), "hardware": hardware(config.device),
-            "versions": {package: installed(package) for package in packages},
+            "versions": {package: there.get(package) for package in packages},
             "commit": commit()}
-
-
-def installed(package: str) -> str | None:
-    """The package's version, where it is installed."""
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
 
 
 def result_file(config: Config) -> Path:
