@@ -675,8 +675,8 @@ def hardware(device: str | torch.device = "cpu") -> str:
 
 
 def surroundings(config: Config | SpeedConfig, *more: str) -> dict:
-    """What every result file says of how it came about."""
-    there = {d.name.lower().replace("-", "_"): d.version for d in distributions()}
+    """What every result file says of how it came about; a broken installation has no name."""
+    there = {(d.name or "").lower().replace("-", "_"): d.version for d in distributions()}
     packages = ("torch", "numpy", "scipy", "pillow", "open_clip_torch", *more)
     return {"settings": asdict(config), "hardware": hardware(config.device),
             "versions": {package: there.get(package) for package in packages},
@@ -1287,7 +1287,7 @@ class Bench:
             return real
         real = Statistics(of=name)
         found = (pictures_in(config.real, config.batch, config.skip_bad) if config.real else
-                 (reversed(part) for part in self.drawn))
+                 ((None, pictures) for pictures, _ in self.drawn))
         for _, pictures in found:
             real.add(features(pictures.to(config.device)))
         return real
@@ -1700,7 +1700,7 @@ def beside_teacher(base: Base, guides: list[Row], gs: tuple[float, ...], z: Tens
         e_teacher = ppdd.cfg(eps_c, eps_empty, g)
         guidance = torch.full((len(z),), g, device=z.device)
         for r, row in enumerate(guides):
-            y = row.guide(guidance, emb, c, *((z, t) if row.guide.reads_latent else ()))
+            y = row.guide(guidance, emb, c, z, t)
             e = unet.decode(skips, h, emb, c, y).float()
             off = torch.stack([e - e_teacher, eps_c - e_teacher])
             sums[r, i] = off.square().mean((2, 3, 4)).sum(1).cpu()
@@ -2030,16 +2030,17 @@ class SpeedConfig:
     """Settings of `eval.py speed`. Weights are random: they do not change what anything takes."""
 
     command: str = option("speed", "what to measure")
-    size: str = option("sd15", "of the networks: Stable Diffusion 1.5's, or the miniature's",
+    size: str = option("sd15", "which networks: Stable Diffusion 1.5's or the miniature's",
                        choices=("sd15", "mini"))
-    side: tuple[int, ...] = option((), "of the latents, an eighth of the pictures'; default: 64; "
-                                       "on a CPU 32 64, with --quick 16; mini: 8", type=int)
+    side: tuple[int, ...] = option((), "sides of the latents, an eighth of the pictures'; default: "
+                                       "64; on a CPU 32 64, with --quick 16; mini: 8", type=int)
     batch: tuple[int, ...] = option((), "pictures at a time; default: 1 4 16; on a CPU 1", type=int)
-    steps: tuple[int, ...] = option((), "of whole pictures; default: 8 16 50; on a CPU 8, with "
-                                        "--quick 2", type=int)
-    rounds: int = option(0, "that everything is measured; 0: 20; on a CPU 3, with --quick 1")
+    steps: tuple[int, ...] = option((), "numbers of steps of the whole pictures; default: 8 16 "
+                                        "50; on a CPU 8, with --quick 2", type=int)
+    rounds: int = option(0, "how often everything is measured; 0: 20; on a CPU 3, with "
+                            "--quick 1")
     device: str = option("", "cuda or cpu; default: cuda where there is one")
-    dtype: str = option("auto", "of all networks; auto: bf16 on CUDA, else fp32",
+    dtype: str = option("auto", "dtype of all networks; auto: bf16 on CUDA, else fp32",
                         choices=("auto", *DTYPES))
     compile: bool = option(False, "torch.compile, for us and the peer alike")
     peer: bool = option(False, "diffusers beside it, with the same weights")
@@ -2116,7 +2117,7 @@ def random_base(config: SpeedConfig) -> tuple[Base, dict[str, nn.Module]]:
 
 
 def compile_networks(base: Base, pipe) -> Callable[..., Tensor]:
-    """Compiles the base as sample.py and train.py do, and the peer as its manual says.
+    """Compiles the base as sample.py does, and the peer as its manual says.
 
     Returns `ppdd.predict` as one graph.
     """
@@ -2134,8 +2135,6 @@ def compile_networks(base: Base, pipe) -> Callable[..., Tensor]:
         module.compile(**options)
     step, unet = graph(ppdd.predict), base.unet
     unet.forward, base.vae.decode = graph(unet.forward), graph(base.vae.decode)
-    for name in ("encode", "decode"):            # for the updates
-        setattr(unet, name, torch.compile(getattr(unet, name), dynamic=False))
     return step
 
 
@@ -2195,12 +2194,20 @@ class Task:
                          width=8 * self.z.shape[3], output_type=output).images
 
     def updates(self, name: str) -> dict[str, Callable]:
-        """One update of a guide, AdamW and all, as train.py makes it, and the naive way."""
-        unet, teacher, c, z = self.base.unet, self.guides[name], self.c, self.z.to(self.c)
-        guide = copy.deepcopy(teacher).float().requires_grad_()
+        """One update of a guide, AdamW and all, as train.py makes it, and the naive way.
+
+        All in float32, under autocast where the dtype is another; the base compiled in two halves.
+        """
+        unet, z, c, empty = self.base.unet, self.z, self.c.float(), self.empty.float()
+        unet = unet if self.c.dtype == torch.float32 else copy.deepcopy(unet).float()
+        for half in ("encode", "decode") * self.config.compile:
+            whole = getattr(UNet, half).__get__(unet)
+            setattr(unet, half, torch.compile(whole, dynamic=False))
+        teacher = copy.deepcopy(self.guides[name]).float().to(memory_format=torch.contiguous_format)
+        guide = copy.deepcopy(teacher).requires_grad_()
         optimizer = torch.optim.AdamW(guide.parameters())
         t, t_mid, t_end = (torch.full_like(self.t, t) for t in ppdd.step_grid(16)[4:7])
-        given, g = (unet, guide, z, t, c, self.empty), torch.full_like(self.t, 8).float()
+        given, g = (unet, guide, z, t, c, empty), torch.full_like(self.t, 8).float()
         losses = {
             "stage-one update": lambda: ppdd.cfg_distillation(*given, g).loss,
             "stage-one update, naive": lambda: naive_loss(*given, g),
@@ -2216,6 +2223,7 @@ class Task:
                 value = loss()
             optimizer.zero_grad(set_to_none=True)
             value.backward()
+        nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], 1.0)
         optimizer.step()
 
 
@@ -2223,10 +2231,12 @@ def naive_loss(unet: UNet, guide: nn.Module, z: Tensor, t: Tensor, c: Tensor, em
                g: Tensor) -> Tensor:
     """Algorithm 1 without sharing: a teacher's batch of two, then a whole pass of the student."""
     with torch.no_grad():
-        eps = unet(torch.cat([z, z]), torch.cat([t, t]), torch.cat([c, empty])).float()
-        e_teacher = ppdd.cfg(*eps.chunk(2), g)
-    y = guide(g, unet.embed_time(t), c, *((z, t) if guide.reads_latent else ()))
-    return (unet(z, t, c, y).float() - e_teacher).square().mean()
+        both, emb = torch.cat([c, empty]), unet.embed_time(torch.cat([t, t]))
+        eps = unet.decode(*unet.encode(torch.cat([z, z]), emb, both), emb, both).float()
+        e_teacher, emb = ppdd.cfg(*eps.chunk(2), g), unet.embed_time(t)
+    y = guide(g, emb, c, z, t)
+    e = unet.decode(*unet.encode(z, emb, c), emb, c, y).float()
+    return (e - e_teacher).square().mean()
 
 
 # -- measuring
@@ -2236,8 +2246,8 @@ def run_length(config: SpeedConfig) -> int:
     return 2 if config.device == "cpu" else 8
 
 
-def race(calls: dict[str, Callable], config: SpeedConfig, warm: int = True) -> dict[str, dict]:
-    """Milliseconds and peak memory of calls that take turns, round by round, once warm."""
+def race(calls: dict[str, Callable], config: SpeedConfig, warm: int = 1) -> dict[str, dict]:
+    """Milliseconds and peak memory of calls that take turns, after `warm` rounds unmeasured."""
     device, told = torch.device(config.device), {name: {"rounds": []} for name in calls}
     warm = 3 if config.compile or device.type == "cuda" else warm
     for k in tqdm(range(warm + config.rounds), desc=f"{next(iter(calls))} …", leave=False):
@@ -2338,15 +2348,17 @@ def speed_protocol(config: SpeedConfig) -> dict:
         "weights": "random, seed 0", "g": SPEED_G, "dtype": str(dtype_of(config)),
         "compiled": config.compile,
         "milliseconds": f"median and quartiles of {config.rounds} rounds in which everything "
-                        "takes turns, once warm; ratios are medians of each round's own",
-        "a step": f"a run of {run_length(config)} steps through ppdd.sample, by their number",
+                        "takes turns, after 3 that warm up, on a CPU 1 or, where it would be long, "
+                        "none; ratios are medians of each round's own",
+        "a step": f"the time of a run of {run_length(config)} steps of ppdd.sample, divided by "
+                  f"{run_length(config)}",
         "a picture": "text encoder, sampling, VAE; diffusers': StableDiffusionPipeline, DDIM",
         "memory": "peak resident size of the process, with all networks of this command in it" if
                   cpu else "peak allocated on the GPU, with all networks of this command on it",
         "arithmetic": "two operations a multiply-accumulate, attention's products included, of "
                       "plain passes: what a run computes once counts in each of its steps",
-        "an update": "forward, backward and AdamW, from latents and text states; the base in the "
-                     "dtype above, the guide in float32 under autocast",
+        "an update": "forward, backward, clipping and AdamW, from latents and text states; base "
+                     "and guide in float32, under autocast where the dtype above is another",
         **surroundings(config, "diffusers", "transformers")}
 
 

@@ -169,8 +169,6 @@ class TinyGuide(nn.Module):
     steps of a run can be had in one call, before the first. γ is g / 10.
     """
 
-    reads_latent = False
-
     def __init__(self, base: UNetConfig, config: GuideConfig = GuideConfig()):
         super().__init__()
         self.config, self.guide_config = base, config
@@ -206,11 +204,12 @@ class TinyGuide(nn.Module):
         weight = self.theta_z2.weight.view(len(self.query), -1, c.shape[-1])    # (Q, C/Q, D)
         return torch.einsum("bqd,qkd->bqk", pooled, weight).flatten(1)          # (B, C)
 
-    def forward(self, g: Tensor, emb: Tensor, c: Tensor, z: Tensor | None = None) -> list[Tensor]:
+    def forward(self, g: Tensor, emb: Tensor, c: Tensor, z: Tensor | None = None,
+                t: Tensor | None = None) -> list[Tensor]:
         """Guidance g (B,), base's time embedding (B, E), prompt c (B, L, D) to 13 (B, C_i, 1, 1).
 
-        Times of a whole run, (N, 1, E), give 13 (N, B, C_i, 1, 1). z is taken for the sake of one
-        interface, and not read.
+        Times of a whole run, (N, 1, E), give 13 (N, B, C_i, 1, 1). z and t are not read: they are
+        there for the sake of one interface.
         """
         said = self.theta_z1(emb) + self.read_text(c)                          # (…, B, C)
         gamma = (g / G_SCALE)[:, None].to(said)                                # (B, 1)
@@ -235,8 +234,6 @@ class FullGuide(Encoder):
     Names are ControlNet's own. The hint is g / 10 broadcast to a picture of eight times the
     latent's sides; what becomes of it depends on g alone, so it too is computed once a run.
     """
-
-    reads_latent = True
 
     def __init__(self, base: UNetConfig, config: GuideConfig = GuideConfig(kind="full")):
         super().__init__(base)
@@ -329,11 +326,6 @@ def _compare(e: Tensor, e_teacher: Tensor, eps_c: Tensor,
     return Distilled((weight * error).mean(), error.detach(), correction, e_teacher)
 
 
-def _guide_features(guide: nn.Module, g: Tensor, emb: Tensor, c: Tensor, z: Tensor,
-                    t: Tensor) -> list[Tensor]:
-    return guide(g, emb, c, z, t) if guide.reads_latent else guide(g, emb, c)
-
-
 def cfg_distillation(unet: UNet, guide: nn.Module, z: Tensor, t: Tensor, c: Tensor, empty: Tensor,
                      g: Tensor, weight: Callable | None = None) -> Distilled:
     """Algorithm 1: L = ‖e_teacher − e‖², t and g one a sample.
@@ -348,7 +340,7 @@ def cfg_distillation(unet: UNet, guide: nn.Module, z: Tensor, t: Tensor, c: Tens
         eps_c = unet.decode(skips, h, emb, c).float()
         eps_empty = unet.decode(*unet.encode(z, emb, empty), emb, empty).float()
         e_teacher = cfg(eps_c, eps_empty, g)                                   # Eq. 3
-    y = _guide_features(guide, g, emb, c, z, t)
+    y = guide(g, emb, c, z, t)
     return _compare(unet.decode(skips, h, emb, c, y), e_teacher, eps_c,        # Eq. 4
                     weight(t) if weight else 1.0)
 
@@ -384,12 +376,12 @@ def halving(unet: UNet, guide: nn.Module, teacher: nn.Module, z: Tensor, t: Tens
         emb, emb_mid = unet.embed_time(t), unet.embed_time(t_mid)
         skips, h = unet.encode(z, emb, c)
         eps_c = unet.decode(skips, h, emb, c).float()
-        y = _guide_features(teacher, g, emb, c, z, t)
+        y = teacher(g, emb, c, z, t)
         z_mid = ddim_step(z, unet.decode(skips, h, emb, c, y).float(), t, t_mid).to(z.dtype)
-        y = _guide_features(teacher, g, emb_mid, c, z_mid, t_mid)
+        y = teacher(g, emb_mid, c, z_mid, t_mid)
         eps_mid = unet.decode(*unet.encode(z_mid, emb_mid, c), emb_mid, c, y).float()
         target = halving_target(z, ddim_step(z_mid, eps_mid, t_mid, t_end), t, t_end)
-    y = _guide_features(guide, g, emb, c, z, t)
+    y = guide(g, emb, c, z, t)
     return _compare(unet.decode(skips, h, emb, c, y), target, eps_c, weight(t) if weight else 1.0)
 
 
@@ -580,8 +572,8 @@ def read_shape(path: Path) -> UNetConfig | None:
 
 
 def _read_metadata(path: str | Path) -> tuple[GuideConfig, dict, UNetConfig | None]:
+    _, metadata = read_file(path, lambda names: {})
     try:
-        _, metadata = read_file(path, lambda names: {})
         config = read_config(GuideConfig, metadata["guide"], path)
         about = json.loads(metadata["about"])
         low, high = about.get("g_range") or (0, 1)
@@ -590,9 +582,6 @@ def _read_metadata(path: str | Path) -> tuple[GuideConfig, dict, UNetConfig | No
         shape = metadata.get("unet_config")
         return config, about, None if shape is None else read_config(UNetConfig, shape, path)
     except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
-        if not os.path.exists(path):
-            raise CheckpointError(
-                f"{path} does not exist: pass a guide that train.py saved") from error
         raise CheckpointError(f"{path} is not a guide: pass a .safetensors that train.py saved, "
                               "or tiny, full, cfg or none") from error
 

@@ -134,9 +134,8 @@ def run(config: Config) -> None:
     config = fit(config, base)
     if config.compile:
         base.vae.decode = compiled(base.vae.decode, config.device)
-    print(NO_WEIGHTS if path == ppdd.MINI and not config.weights else f"base: {path}",
-          *loras, sep="\n")
-    print(f"g = {config.g:g} (guidance scale {1 + config.g:g} elsewhere)")
+    say(NO_WEIGHTS if path == ppdd.MINI and not config.weights else f"base: {path}", *loras,
+        f"g = {config.g:g} (guidance scale {1 + config.g:g} elsewhere)")
     if config.export:
         return export(config, base, out)
     prompts = [prompt for prompt in config.prompt for _ in range(config.n)]
@@ -222,15 +221,25 @@ def processes() -> tuple[int, int]:
     return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
+def say(*lines: str, file=None) -> None:
+    """Prints, in the first process only."""
+    if processes()[0] == 0:
+        print(*lines, sep="\n", file=file)
+
+
 def in_common(value):
-    """The first process's value, in all of them, once all have come here."""
+    """The first process's value, in all of them, once all have come; BadInput if one has ended."""
     if processes()[1] == 1:
         return value
-    if not distributed.is_initialized():
-        distributed.init_process_group("gloo")
     values = [value]
-    distributed.barrier()
-    distributed.broadcast_object_list(values)
+    try:
+        if not distributed.is_initialized():
+            distributed.init_process_group("gloo")
+        distributed.barrier()
+        distributed.broadcast_object_list(values)
+    except RuntimeError as error:
+        raise BadInput("another process ended: its own message says why; the pictures of finished "
+                       "batches are kept") from error
     return values[0]
 
 
@@ -249,8 +258,12 @@ def is_mini(base: Base) -> bool:
 def settle(config: Config) -> Config:
     """The configuration with its prompts read and every "auto" decided."""
     device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if device == "cuda" and processes()[1] > 1:              # a GPU for each process
-        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    if device == "cuda" and here > 1:                        # a GPU for each process
+        if here > torch.cuda.device_count():
+            raise BadInput(f"{here} processes and {torch.cuda.device_count()} GPUs: start at most "
+                           "one process a GPU, or pass --device cpu")
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     auto = "bf16" if device.startswith("cuda") else "fp32"
     read = read_prompts(config.prompts) if config.prompts else ()
     return replace(config, prompt=(*config.prompt, *read), prompts="", device=device,
@@ -275,6 +288,8 @@ def check(config: Config) -> None:
          f"--guides {config.guides}: there is no such folder"),
         ((config.compare or config.export) and processes()[1] > 1,
          "torchrun shares pictures out: run --compare and --export without it"),
+        (config.compare and config.compile,
+         "--compare times its columns, and --compile would be timed with them: leave one out"),
         (text != text.encode(errors="ignore").decode(), "a prompt holds bytes that are not text"),
     ):
         if wrong:
@@ -342,10 +357,10 @@ def find_method(config: Config, base: Base, guide: str) -> Method:
                        f"`python train.py --guide {guide}`, or use --guide cfg")
     made, about = ppdd.read_about(path)
     module = ppdd.load_guide(path, base.unet.config, DTYPES[config.dtype], config.device)
-    print(describe(path, about, base))
+    say(describe(path, about, base))
     low, high = about.get("g_range") or (config.g, config.g)
     if not low <= config.g <= high:
-        print(f"warning: {path.stem} was trained for g from {low:g} to {high:g}", file=sys.stderr)
+        say(f"warning: {path.stem} was trained for g from {low:g} to {high:g}", file=sys.stderr)
     return Method(path.stem, made.kind, module)
 
 
@@ -410,10 +425,9 @@ def save_controlnet(folder: Path, guide: ppdd.FullGuide, name: str) -> Path:
     single = folder / f"{name}-controlnet.safetensors"
     ppdd.save_tensors(single, {f"control_model.{k}": v for k, v in tensors.items()})
     ppdd.save_tensors(folder / "diffusion_pytorch_model.safetensors",
-                 {folder_name(k, table): v for k, v in tensors.items()}, {"format": "pt"})
-    temporary = folder / f".config.json.{os.getpid()}.tmp"
-    temporary.write_text(json.dumps(_controlnet_config(guide), indent=2, sort_keys=True) + "\n")
-    temporary.replace(folder / "config.json")
+                      {folder_name(k, table): v for k, v in tensors.items()}, {"format": "pt"})
+    with ppdd.written(folder / "config.json") as temporary:
+        temporary.write_text(json.dumps(_controlnet_config(guide), indent=2, sort_keys=True) + "\n")
     return single
 
 
@@ -496,14 +510,11 @@ def slug(prompt: str) -> str:
 
 def save_png(path: Path, image: Image.Image, **chunks: str) -> None:
     """A PNG with text chunks, written under a temporary name and renamed: never half a file."""
-    info, temporary = PngInfo(), path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    info = PngInfo()
     for key, text in chunks.items():
         info.add_text(key, text)
-    try:
+    with ppdd.written(path) as temporary:
         image.save(temporary, "PNG", pnginfo=info)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def as_json(config: Config) -> str:

@@ -535,12 +535,11 @@ def load_strict(
 ) -> None:
     """Gives every parameter of `module` its tensor, cast to the parameter's dtype.
 
-    A module on the meta device takes the tensors over, one by one where they need another dtype or
-    `device` and else without a copy, and only buffers outside its state dict stay there; any other
-    module is filled in place.  1x1 convolutions accept the weight of a linear layer.  Raises
-    Misfit, naming what is missing, unexpected or of another shape, and CheckpointError for numbers
-    that are not finite, in the parameter's dtype; `source` is what the message calls the
-    checkpoint.
+    A module on the meta device adopts the tensors: copied one at a time where dtype or `device`
+    differ, otherwise not at all.  Any other module is filled in place.  1x1 convolutions accept the
+    weight of a linear layer.  Raises Misfit, naming what is missing, unexpected or of another
+    shape, and CheckpointError for numbers that are not finite, in the parameter's dtype; `source`
+    is what the message calls the checkpoint.
     """
     wanted = module.state_dict()
     ready = {name: _fit(tensor, wanted.get(name), device) for name, tensor in tensors.items()}
@@ -735,7 +734,7 @@ def merge_lora(unet: UNet, text: nn.Module, path: Path, scale: float = 1.0) -> l
     has a place for. Raises CheckpointError, and changes nothing, where the file does not fit.
     """
     tensors, metadata = read_file(path)
-    _refuse_other_loras(tensors, metadata, path)
+    _refuse_other_loras(tensors, path)
     pairs, places = _lora_pairs(tensors), _places(unet, text)
     changes = {name: pair for name, pair in pairs.items() if name in places and len(pair) == 2}
     if not changes:
@@ -762,11 +761,10 @@ def merge_lora(unet: UNet, text: nn.Module, path: Path, scale: float = 1.0) -> l
     return [name for name in tensors if name not in used and not name.endswith(".alpha")]
 
 
-def _refuse_other_loras(tensors: dict[str, Tensor], metadata: dict, path: Path) -> None:
+def _refuse_other_loras(tensors: dict[str, Tensor], path: Path) -> None:
     """Raises CheckpointError for what is no plain LoRA, or one of a base that is told by names."""
     other = ("hada_", "lokr_", "oft_", "dora_scale", "lora_magnitude", "lora_mid", "lora_bias")
-    if any(mark in name for name in tensors for mark in other) or "use_rslora\": true" in str(
-            metadata.get("lora_adapter_metadata")):
+    if any(mark in name for name in tensors for mark in other):
         raise CheckpointError(f"{path} is not a plain LoRA (but LoHa, LoKr, DoRA or the like): "
                               "merge it into a checkpoint with the tool that made it")
     if any(name.startswith(("lora_te2_", "text_encoder_2.")) for name in tensors):
@@ -794,8 +792,12 @@ def _lora_pairs(tensors: dict[str, Tensor]) -> dict[str, dict[str, str]]:
 
 def _lora_alphas(tensors: dict[str, Tensor], metadata: dict,
                  path: Path) -> Callable[[str, int], float]:
-    """alpha of a layer of this rank: its tensor's, else the one peft wrote down, else the rank."""
+    """alpha of a layer of this rank: its tensor's, else the one peft wrote down, else the rank.
+
+    Times √rank where peft wrote down that it is to be divided by √rank only.
+    """
     said: dict[str, float] = {}
+    stabilised = set()
     try:
         written = json.loads(metadata.get("lora_adapter_metadata", "{}"))
         for part, short in (("unet", "unet"), ("text_encoder", "text")):
@@ -803,6 +805,8 @@ def _lora_alphas(tensors: dict[str, Tensor], metadata: dict,
                 said[_flat(f"{part}.{name}")] = float(alpha)
             if f"{part}.lora_alpha" in written:
                 said[short] = float(written[f"{part}.lora_alpha"])
+            if written.get(f"{part}.use_rslora"):
+                stabilised.add(short)
         said |= {_flat(k[:-6]): v.item() for k, v in tensors.items() if k.endswith(".alpha")}
     except (ValueError, TypeError, AttributeError, RuntimeError, RecursionError) as error:
         raise CheckpointError(f"{path} holds an alpha that can't be read ({error}): download it "
@@ -812,7 +816,7 @@ def _lora_alphas(tensors: dict[str, Tensor], metadata: dict,
         part, _, name = layer.partition("_")
         ends = (v for k, v in said.items() if f"_{name}".endswith(f"_{k.partition('_')[2]}")
                 and k.startswith(f"{part}_"))
-        return next(ends, said.get(part, rank))
+        return next(ends, said.get(part, rank)) * (rank**0.5 if part in stabilised else 1)
 
     return alpha
 

@@ -72,16 +72,17 @@ def few(out: Path, updates: int, more: list[str]) -> None:
     for kind in ("tiny", "full"):
         path = f"mini/guides/{kind}-8.safetensors"
         row = {"guide": kind, "init": path, "start-steps": "8", "end-steps": "2"}
-        settings = row | {"updates": updates}
-        if any(entry["settings"].items() >= settings.items() for entry in done):
-            continue
+        wanted = [row | {"updates": updates, "steps": steps, "sampled": name}
+                  for steps in (4, 2) for name in ("made", "init")]
+        lacking = [s for s in wanted if all(entry["settings"] != s for entry in done)]
         with tempfile.TemporaryDirectory() as folder:
-            train(row, updates, more, folder)
-            for steps in (4, 2):
-                made = Path(folder) / "mini" / f"{kind}-{steps}.safetensors"
-                for name, file in (("made", made), ("init", ROOT / path)):
-                    keep(out, {"settings": settings | {"steps": steps, "sampled": name},
-                               **judged(file, steps)})
+            if any(settings["sampled"] == "made" for settings in lacking):
+                train(row, updates, more, folder)
+            for settings in lacking:
+                steps = settings["steps"]
+                file = Path(folder) / "mini" / f"{kind}-{steps}.safetensors"
+                keep(out, {"settings": settings, **judged(
+                    file if settings["sampled"] == "made" else ROOT / path, steps)})
 
 
 def main() -> None:

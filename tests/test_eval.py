@@ -731,3 +731,10 @@ def test_table1_of_the_miniature_in_markdown(here, capsys):
     assert "paper" not in result["rows"][0] and "the miniature, 64 x 64" in said
     table = [line for line in said.splitlines() if line.startswith("|")]
     assert len(table) == 2 + 5 + 2 + 3 and {line.count("|") for line in table[:7]} == {9}
+
+
+def test_a_broken_package_beside_ours_does_no_harm(tmp_path, monkeypatch):
+    (tmp_path / "gone-1.0.dist-info").mkdir()
+    monkeypatch.syspath_prepend(tmp_path)
+    versions = ours.surroundings(ours.Config(device="cpu"), "nowhere")["versions"]
+    assert versions["torch"] in torch.__version__ and versions["nowhere"] is None

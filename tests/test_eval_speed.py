@@ -136,10 +136,24 @@ def test_an_update_changes_the_copied_guide_only():
     assert all(torch.equal(a, b) and b.grad is None for a, b in zip(before, after))
 
 
+def test_an_update_has_everything_in_float32_under_autocast(monkeypatch):
+    config, distill, seen = settled("--dtype", "bf16"), ppdd.cfg_distillation, []
+
+    def watched(unet, guide, z, *given):
+        seen.append({x.dtype for x in (*unet.parameters(), *guide.parameters(), z, *given[1:])})
+        seen.append(torch.is_autocast_enabled("cpu"))
+        return distill(unet, guide, z, *given)
+
+    base, guides = tables.random_base(config)
+    monkeypatch.setattr(ppdd, "cfg_distillation", watched)
+    tables.Task(config, base, guides, None, 8, 1).updates("tiny")["tiny stage-one update"]()
+    assert seen == [{torch.float32}, True] and base.unet.out[2].weight.dtype == torch.bfloat16
+
+
 def test_compiled_networks_compute_the_same_and_copies_of_guides_learn(monkeypatch):
     monkeypatch.setattr(tables, "COMPILE", {"cpu": {"backend": "eager"}})
     base, guides = tables.random_base(settled())
-    task = tables.Task(settled(), base, guides, None, 8, 1)
+    task = tables.Task(settled("--compile"), base, guides, None, 8, 1)
     plain = [task.sample(method, 2, task.c, task.empty) for method in ("CFG", "full", "tiny")]
     compile = torch.compile
     monkeypatch.setattr(torch, "compile", lambda call, **given: compile(

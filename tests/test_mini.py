@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import ppdd
-from mini import postcards
+from mini import postcards, tune
 from mini.check import World
 from mini.judge import load_judge
 
@@ -96,3 +96,18 @@ def test_the_miniature_is_small_and_carries_its_configuration():
         assert {"unet_config", "vae_config", "text_config"} <= set(opened.metadata())
         assert all(opened.get_slice(k).get_dtype() == "F16" for k in opened.keys())
         assert json.loads(opened.metadata()["text_config"])["vocab_size"] == 49408
+
+
+def test_each_row_of_the_few_steps_is_made_once(tmp_path, monkeypatch):
+    """Also where the rows before it were kept and the run then ended."""
+    trained, out = [], tmp_path / "tuning.json"
+    monkeypatch.setattr(tune, "train", lambda row, *rest: trained.append(row["guide"]))
+    monkeypatch.setattr(tune, "judged", lambda path, steps: {"judged": str(path)})
+    tune.few(out, 5, [])
+    rows = json.loads(out.read_text())
+    assert len(rows) == 10 and trained == ["tiny", "full"]
+    for at, again in ((3, []), (4, ["tiny"])):                 # a row of tiny-8 itself; of its heir
+        trained.clear()
+        out.write_text(json.dumps(rows[:at] + rows[at + 1:]))
+        tune.few(out, 5, [])
+        assert len(json.loads(out.read_text())) == 10 and trained == again

@@ -65,7 +65,7 @@ def trained(config: GuideConfig, seed: int = 4) -> nn.Module:
 
 def features(unet, guide, z, t, c, g):
     """What a guide of either kind adds."""
-    return guide(g, unet.embed_time(t), c, *((z, t) if guide.reads_latent else ()))
+    return guide(g, unet.embed_time(t), c, z, t)
 
 
 def guided(unet, guide, z, t, c, g):
@@ -681,15 +681,18 @@ def test_a_guide_for_another_base_is_refused(tmp_path, config):
 def test_what_is_no_guide_is_refused(tmp_path):
     bad = tmp_path / "bad.safetensors"
     tensors = {"x": torch.zeros(1)}
-    for write in (lambda: bad.write_text("a web page"), lambda: bad.write_bytes(b""),
-                  lambda: save_file(tensors, bad),
-                  lambda: save_file(tensors, bad, {"guide": "{", "about": "{}"}),
-                  lambda: save_file(tensors, bad, {"guide": '{"size": 3}', "about": "{}"})):
+    for write, said in (
+            (lambda: bad.write_text("version https://git-lfs.github.com/spec/v1\n"), "a Git LFS"),
+            (lambda: bad.write_bytes(b"PK\3\4"), "pickle"), (lambda: bad.write_bytes(b""), "empty"),
+            (lambda: save_file(tensors, bad), "not a guide"),
+            (lambda: save_file(tensors, bad, {"guide": "{", "about": "{}"}), "not a guide"),
+            (lambda: save_file(tensors, bad, {"guide": '{"size": 3}', "about": "{}"}),
+             "not a guide")):
         write()
         for read in (ppdd.read_about, lambda path: ppdd.load_guide(path, SMALL)):
-            with pytest.raises(CheckpointError, match="bad.safetensors is not a guide"):
+            with pytest.raises(CheckpointError, match=f"bad.safetensors is .*{said}"):
                 read(bad)
-    with pytest.raises(CheckpointError, match="is not a guide"):
+    with pytest.raises(CheckpointError, match="is not a file"):
         ppdd.load_guide(tmp_path, SMALL)
     with pytest.raises(CheckpointError, match="none.safetensors does not exist"):
         ppdd.load_guide(tmp_path / "none.safetensors", SMALL)

@@ -377,7 +377,7 @@ def test_a_comparison_without_a_guide_and_with_a_named_one(here, capsys):
     ("--weights no.safetensors", "no.safetensors does not exist"),
     ("--weights latin.txt", "latin.txt is"), ("--weights .", "pass the folder"),
     ("--weights lora.safetensors", "LoRA"), ("--compare --n 17", "32 rows"),
-    ("--nonsense", "nonsense"),
+    ("--compare --compile", "leave one out"), ("--nonsense", "nonsense"),
 ])
 def test_bad_input_is_answered_with_one_sentence(here, toys, capsys, line, part):
     Path("empty.txt").write_text(" \n\n")
@@ -429,10 +429,33 @@ def test_torchrun_shares_pictures_out(here, toys):
          ROOT / "sample.py", *line.split(), "--device", "cpu", "--out", "shared"],
         capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert done.returncode == 0 and done.stdout.count("10 × PNG in shared") == 1, done.stderr
+    assert [done.stdout.count(said) for said in ("base: ", "g = 8", "guide: ")] == [1, 1, 1]
     shared = sorted(Path("shared").glob("[0-9]*.png"))
     assert [p.name for p in shared] == [p.name for p in alone] and len(alone) == 10
     assert all(difference(*pair) <= 1 for pair in zip(alone, shared))
     assert difference(Path("out/grid.png"), Path("shared/grid.png")) <= 1
+
+
+def test_each_process_has_a_gpu_and_its_pictures_do_not_say_which(capsys, monkeypatch):
+    chosen = []
+    for name, value in {"RANK": 3, "WORLD_SIZE": 4, "LOCAL_RANK": 3, "LOCAL_WORLD_SIZE": 4}.items():
+        monkeypatch.setenv(name, f"{value}")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    assert sample.settle(sample.Config()).device == "cuda" and chosen == [3]
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert "4 processes and 2 GPUs: start at most one" in refusal(capsys)
+
+
+def test_a_process_that_ends_is_told_of_in_one_sentence(here, capsys, monkeypatch):
+    def closed(*_):
+        raise RuntimeError("[gloo/transport/tcp/pair.cc:538] Connection closed by peer")
+
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(torch.distributed, "init_process_group", closed)
+    assert "another process ended" in refusal(capsys, "--device", "cpu")
 
 
 def test_importing_does_nothing(here):
