@@ -52,6 +52,27 @@ def table1_lines():
         yield f"| {row['network']} | {row['parameters']:,} | {row['GMACs']:,.5g} | {beside} |"
 
 
+def tried_lines():
+    """What was tried, of results/tuning.json: the rows that are judged by their pictures."""
+    for row in results("tuning"):
+        if "right" in row:
+            right = (f"{100 * row['right'][g]['all']:.1f}" for g in ("g = 2", "g = 8"))
+            yield f"| {tried(row['settings'])} | {row['steps']} | {' | '.join(right)} |"
+
+
+def tried(settings):
+    if "sampled" in settings:
+        name = f"{settings['guide']} guide, halved to {settings['steps']} steps"
+        return name if settings["sampled"] == "made" else f"{settings['guide']} guide for 8 steps"
+    changed = [f"`--{k} {v}`" for k, v in settings.items() if k in ("loss", "form", "trajectories")]
+    return "CFG" if settings["guide"] == "cfg" else " ".join(changed) or "as the paper has it"
+
+
+def speed_lines(of="speed-sd15-cpu"):
+    for ratio in results(of)["ratios"]:
+        yield f"| {ratio['ratio']} | {ratio['side']} × {ratio['side']} | {ratio['median']:.2f} |"
+
+
 def test_every_line_of_the_equation_table_is_where_the_table_says():
     links = re.findall(r"\[`([\w.]+)`\]\((\w+\.py)#L(\d+)\)", README)
     assert len(links) >= 12
@@ -60,7 +81,8 @@ def test_every_line_of_the_equation_table_is_where_the_table_says():
         assert re.match(rf"\s*(def|class) {name.split('.')[-1]}\b", text), (name, file, line, text)
 
 
-@pytest.mark.parametrize("lines", [table1_lines, table2_lines, table3_lines, match_lines])
+@pytest.mark.parametrize("lines", [table1_lines, table2_lines, table3_lines, match_lines,
+                                   tried_lines, speed_lines])
 def test_the_results_are_those_of_the_result_files(lines):
     told = list(lines())
     assert len(told) >= 2
