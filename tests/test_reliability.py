@@ -24,16 +24,22 @@ from stat import S_ISDIR
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 from test_data import fill
+from test_eval_tables import FEW, PLAIN, STEPS
 from test_train import base, guides, here, run, states
 
+import eval as tables
 import ppdd
+import sample
 import train
 
 ROOT = Path(__file__).resolve().parent.parent
 SERVER = get_context("forkserver")           # imports torch once; its children are quick to start
 SERVER.set_forkserver_preload(["train", "torch._dynamo", "test_reliability"])
+READ = {".json": lambda file: json.loads(file.read_text()), ".safetensors": load_file,
+        ".png": lambda file: Image.open(file).load()}
 
 
 def go(folder, argv, env=None):
@@ -131,6 +137,56 @@ def test_a_run_killed_at_any_moment_goes_on_and_ends_bit_for_bit_the_same(base, 
                 "command": " ".join(["train.py", *(Path(a).name for a in argv)])}
         file = ROOT / "results" / "reliability.json"
         file.write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
+
+
+def tabulate(folder):
+    """A small Table 2, in a process of its own."""
+    os.chdir(folder)
+    torch.set_num_threads(1)
+    tables.PLAIN, tables.GUIDES, tables.STAGE_ONE = PLAIN[:2], ("tiny",), STEPS
+    with open("said", "a", buffering=1) as sys.stderr:
+        tables.main(["table2", "--weights", "mini", "--device", "cpu", "--g", "8", *FEW])
+
+
+def export(folder):
+    os.chdir(folder)
+    with open("said", "a", buffering=1) as sys.stderr:
+        sample.main(["--guide", "full", "--weights", "mini", "--export", "out"])
+
+
+def cells_of(folder):
+    rows = json.loads((folder / "results/table2.json").read_text())["bases"]["mini"]["rows"]
+    return {name: {g: cell["mean"] for g, cell in row["cells"].items()}
+            for name, row in rows.items()}
+
+
+def weights_of(folder):
+    return {file.name: {k: v.tolist() for k, v in load_file(file).items() if v.ndim == 1}
+            for file in (folder / "out").glob("*.safetensors")}
+
+
+@pytest.mark.parametrize("work, made", [(tabulate, cells_of), (export, weights_of)])
+def test_a_table_and_an_export_killed_at_any_moment_are_whole_after_all(tmp_path, work, made):
+    wanted, rng, lasted = int(os.environ.get("PPDD_KILLS", 3)), random.Random(1), 0.0
+    server = SERVER.Process(target=os.getpid)                 # its own start takes longer
+    server.start()
+    server.join()
+    for name, kills in (("whole", 0), ("killed", wanted)):
+        here = tmp_path / name
+        here.mkdir()
+        for k in range(kills + 1):
+            process, began = SERVER.Process(target=work, args=(str(here),)), time.monotonic()
+            process.start()
+            process.join(rng.uniform(0.1, 0.8) * lasted if k < kills else None)
+            if k < kills:
+                process.kill()
+                process.join()
+            assert process.exitcode in (0, -signal.SIGKILL), (here / "said").read_text()
+            for file in here.rglob("[!.]*.*"):              # what has its name is whole
+                if file.suffix in READ:
+                    READ[file.suffix](file)
+        lasted = time.monotonic() - began
+    assert made(tmp_path / "killed") == made(tmp_path / "whole")
 
 
 # ------------------------------------------------------------------------------- processes
