@@ -231,10 +231,10 @@ def test_a_base_without_guides(here, capsys):
 
 
 def test_a_missing_guide_leaves_its_row_out(here, capsys, monkeypatch):
-    monkeypatch.setattr(tables, "GUIDES", ("tiny", "tiny-2"))
+    monkeypatch.setattr(tables, "GUIDES", ("tiny", "tiny-3"))
     command("table2 --g 8", *FEW)
-    assert "there is no guides/mini/tiny-2.safetensors" in capsys.readouterr().out
-    assert "tiny" in (rows := result()["bases"]["mini"]["rows"]) and "tiny-2" not in rows
+    assert "there is no guides/mini/tiny-3.safetensors" in capsys.readouterr().out
+    assert "tiny" in (rows := result()["bases"]["mini"]["rows"]) and "tiny-3" not in rows
 
 
 def test_sentences(here, capsys, monkeypatch):
