@@ -64,7 +64,7 @@ import ppdd
 from clip_text import TextConfig, TextEncoder, Tokenizer
 from mini import postcards
 from mini.judge import load_judge
-from ppdd import Base
+from ppdd import Base, rank, world
 from unet import CheckpointError, UNet, UNetConfig, injection_channels
 from vae import VAE, VAEConfig
 
@@ -1136,16 +1136,6 @@ def paint(base: Base, row: Row, prompts: list[str], g: float, seeds: Iterable[in
 
 
 # ------------------------------------------------------------------------------- processes
-
-def rank() -> int:
-    """Which of torchrun's processes this is; 0 without torchrun."""
-    return int(os.environ.get("RANK", 0))
-
-
-def world() -> int:
-    """How many processes torchrun started; 1 without it."""
-    return int(os.environ.get("WORLD_SIZE", 1))
-
 
 @contextmanager
 def together(config: Config) -> Iterator[Config]:

@@ -509,11 +509,11 @@ def find_weights(given: str | Path | None = None) -> Path:
 def load_base(path: Path, dtype: torch.dtype = torch.float32,
               device: str | torch.device = "cpu") -> Base:
     """All three networks of a checkpoint, frozen. Raises CheckpointError with one sentence."""
-    unet, vae = (_laid_out(load(path, dtype, device)) for load in (load_unet, load_vae))
+    unet, vae = (laid_out(load(path, dtype, device)) for load in (load_unet, load_vae))
     return Base(unet, vae, load_text_encoder(path, dtype, device), Tokenizer(), Path(path))
 
 
-def _laid_out(module: nn.Module) -> nn.Module:
+def laid_out(module: nn.Module) -> nn.Module:
     """With channels last on a GPU, as its tensor cores take them; on a CPU that gains nothing."""
     on_gpu = next(module.parameters()).is_cuda
     return module.to(memory_format=torch.channels_last) if on_gpu else module
@@ -605,7 +605,7 @@ def load_guide(path: Path, base: UNetConfig, dtype: torch.dtype = torch.float32,
     except Misfit as error:
         raise CheckpointError(f"{path} was trained for a base of another size: use it with a "
                               f"checkpoint of that size, or train one for this") from error
-    return _laid_out(guide).eval().requires_grad_(False)
+    return laid_out(guide).eval().requires_grad_(False)
 
 
 # ------------------------------------------------------------------------------- guides elsewhere
@@ -623,6 +623,16 @@ def residuals(guide: TinyGuide, unet: nn.Module, g: float, t: Tensor, c: Tensor)
 
 
 # ------------------------------------------------------------------------------- keeping a run
+
+def rank() -> int:
+    """Which of torchrun's processes this is; 0 without torchrun."""
+    return int(os.environ.get("RANK", 0))
+
+
+def world() -> int:
+    """How many processes torchrun started; 1 without it."""
+    return int(os.environ.get("WORLD_SIZE", 1))
+
 
 def quick_attention(device: torch.device | str) -> AbstractContextManager:
     """On a CPU, attention in plain matrix products: the fused kernel's backward is slow there."""

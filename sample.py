@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import ppdd
-from ppdd import Base
+from ppdd import Base, rank, world
 from unet import CheckpointError, UNetConfig, build, folder_name, lora_scale, renames
 
 
@@ -145,10 +145,10 @@ def run(config: Config) -> None:
 
 def write(config: Config, base: Base, shots: list[Shot], out: Path) -> None:
     """One PNG a shot, each saved as soon as its batch is done, and a contact sheet."""
-    method, (rank, world) = find_method(config, base, config.guide), processes()
+    method = find_method(config, base, config.guide)
     first, start = in_common(next_number(out)), time.perf_counter()
     paths = [out / f"{first + k:03d}{slug(shot.prompt)}.png" for k, shot in enumerate(shots)]
-    work = list(zip(batches(config, shots), batches(config, paths)))[rank::world]
+    work = list(zip(batches(config, shots), batches(config, paths)))[rank()::world()]
     with ThreadPoolExecutor(1) as pool, progress_bar(config, shots) as bar:
         digest = pool.submit(ppdd.fingerprint, base.path)    # gigabytes, read while we sample
         for batch, files in work:
@@ -158,7 +158,7 @@ def write(config: Config, base: Base, shots: list[Shot], out: Path) -> None:
                 save_png(path, image, ppdd=as_json(again),
                          parameters=parameters(config, base, method, shot, digest.result()))
     in_common(None)                                          # waits for everyone's pictures
-    if rank:
+    if rank():
         return
     shown = [Image.open(path) for path in paths[:SHOWN]]
     grid = free_name(out, "grid")
@@ -216,20 +216,15 @@ def predictions(config: Config) -> int:
     return config.steps + (config.sampler == "plms" and config.steps > 1)
 
 
-def processes() -> tuple[int, int]:
-    """Which of torchrun's processes this is, and of how many; (0, 1) without torchrun."""
-    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-
-
 def say(*lines: str, file=None) -> None:
     """Prints, in the first process only."""
-    if processes()[0] == 0:
+    if rank() == 0:
         print(*lines, sep="\n", file=file)
 
 
 def in_common(value):
     """The first process's value, in all of them, once all have come; BadInput if one has ended."""
-    if processes()[1] == 1:
+    if world() == 1:
         return value
     values = [value]
     try:
@@ -244,9 +239,8 @@ def in_common(value):
 
 
 def progress_bar(config: Config, shots: list[Shot], methods: int = 1) -> tqdm:
-    rank, world = processes()
-    runs = methods * len(batches(config, shots)[rank::world])
-    return tqdm(disable=rank > 0, total=runs * predictions(config), unit="prediction")
+    runs = methods * len(batches(config, shots)[rank()::world()])
+    return tqdm(disable=rank() > 0, total=runs * predictions(config), unit="prediction")
 
 
 def is_mini(base: Base) -> bool:
@@ -286,7 +280,7 @@ def check(config: Config) -> None:
          "--guide cfg: a guide learns its negative prompt in training, from train.py --uncond"),
         (config.guides and not path_of(config.guides).is_dir(),
          f"--guides {config.guides}: there is no such folder"),
-        ((config.compare or config.export) and processes()[1] > 1,
+        ((config.compare or config.export) and world() > 1,
          "torchrun shares pictures out: run --compare and --export without it"),
         (config.compare and config.compile,
          "--compare times its columns, and --compile would be timed with them: leave one out"),

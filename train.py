@@ -52,7 +52,7 @@ from tqdm import tqdm
 
 import ppdd
 from mini import postcards
-from ppdd import Base, Distilled, GuideConfig
+from ppdd import Base, Distilled, GuideConfig, rank, world
 from unet import CheckpointError
 
 IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
@@ -126,7 +126,8 @@ class Config:
 
 
 # Optimiser, then learning rate and updates of stage one and of each halving, by size of base and
-# kind of guide. The miniature's made the bundled guides; SD's are starting points, not tried.
+# kind of guide. The miniature's made the bundled guides, the tiny ones with --loss root-snr; SD's
+# are starting points, not tried.
 LENGTHS = {
     ("mini", "tiny"): ("adamw", 5e-3, 6000, 1e-3, 500),
     ("mini", "full"): ("muon", 6e-3, 9000, 1.5e-3, 500),
@@ -192,16 +193,6 @@ def _halves(start: int, end: int) -> bool:
 
 
 # ------------------------------------------------------------------------------- processes
-
-def rank() -> int:
-    """Which of torchrun's processes this is; 0 without torchrun."""
-    return int(os.environ.get("RANK", 0))
-
-
-def world() -> int:
-    """How many processes torchrun started; 1 without it."""
-    return int(os.environ.get("WORLD_SIZE", 1))
-
 
 @contextmanager
 def together(config: Config) -> Iterator[Config]:
@@ -739,6 +730,7 @@ class Stage:
         return f"to {self.steps} steps" if self.steps else "CFG in one pass"
 
 
+@functools.cache
 def following(steps: int) -> Tensor:
     """(1000,): the timestep that follows t in a run of so many steps; −1 for t outside its grid."""
     grid, after = torch.tensor(ppdd.step_grid(steps)), torch.full((ppdd.TIMESTEPS,), -1)
@@ -790,7 +782,7 @@ class Run:
 
     def new_guide(self) -> nn.Module:
         guide = ppdd.build_guide(self.base.unet.config, self.guide_config)
-        return ppdd._laid_out(guide.to(self.device))
+        return ppdd.laid_out(guide.to(self.device))
 
     def begin_stage(self) -> None:
         self.walk: dict[str, Tensor] = {}                              # see `on_the_way`
