@@ -1097,6 +1097,7 @@ def guide_row(config: Config, base: Base, name: str) -> Row:
     path = find_guide(base, name)
     made, about = ppdd.read_about(path)
     guide = ppdd.load_guide(path, base.unet.config, dtype_of(config), config.device)
+    ppdd.pack(guide)
     steps, (low, high) = about.get("steps") or STAGE_ONE, about.get("g_range") or (0, 1)
     only_g = low if low == high else None
     title = f"{path.stem.removesuffix(f'-g{low:g}').removesuffix(f'-{steps}')} guide, {steps} steps"
@@ -1410,7 +1411,9 @@ def styles(config: Config) -> list[Path]:
 
 
 def load(config: Config, path: Path) -> Base:
-    return ppdd.load_base(path, dtype_of(config), config.device)
+    base = ppdd.load_base(path, dtype_of(config), config.device)
+    ppdd.pack(base.unet, base.vae)
+    return base
 
 
 def dtype_of(config: Config) -> torch.dtype:
@@ -2061,8 +2064,11 @@ def speed(config: SpeedConfig) -> None:
     """`speed`: what a step, a picture and an update take, beside CFG, a peer and the limit."""
     base, guides = random_base(config)
     pipe = build_peer(base) if config.peer else None
+    trained = with_the_same_weights({"base": base.unet} | guides)
+    if not config.compile:                       # as sample.py does
+        ppdd.pack(base.unet, base.vae, *guides.values())
     checked = check_peer(config, base, pipe) if pipe else {}
-    limit, rows, left_out = machine_rates(config), [], []
+    limit, rows, profiles, left_out = machine_rates(config), [], [], []
     step = compile_networks(base, pipe) if config.compile else ppdd.predict
     for side in config.side:
         nets = build_networks(config.size)._replace(side=side)
@@ -2074,16 +2080,21 @@ def speed(config: SpeedConfig) -> None:
             first = side == config.side[0]
             races = [(task.parts, first)]        # and whether a first round warms up on a CPU, too
             if config.device != "cpu" or config.size == "mini" or first:
-                races += [(task.pictures, False), *((partial(task.updates, name), not config.quick)
-                                                    for name in guides)]
+                races += [(task.pictures, False), *((partial(task.updates, name, trained),
+                                                     not config.quick) for name in guides)]
             else:
                 left_out.append(f"whole pictures and updates at {side} × {side}: minutes each on a "
                                 "CPU; they are measured at the side that --side names first")
-            for calls, warm in races:
+            for make, warm in races:
+                calls = make()
                 rows += [speed_row(name, side, batch, told, macs, limit)
-                         for name, told in race(calls(), config, warm).items()]
+                         for name, told in race(calls, config, warm).items()]
+                profiles += [{"what": name, "side": side, "batch": batch,
+                              "shares": operators(call, config.device)}
+                             for name, call in calls.items() if "picture" not in name]
     result = {"size": config.size, "protocol": speed_protocol(config), "limit": limit,
-              "checked": checked, "rows": rows, "ratios": speed_ratios(rows), "left out": left_out}
+              "checked": checked, "rows": rows, "ratios": speed_ratios(rows), "profiles": profiles,
+              "left out": left_out}
     name = f"speed-{config.size}-{torch.device(config.device).type}{'-quick' * config.quick}.json"
     finish(path_of(config.out or f"results/{name}"), result, speed_markdown(result))
 
@@ -2104,6 +2115,12 @@ def random_base(config: SpeedConfig) -> tuple[Base, dict[str, nn.Module]]:
             nets[k].to(memory_format=torch.channels_last)
     unet, vae, text, full, tiny = nets
     return Base(unet, vae, text, Tokenizer(), Path("random")), {"full": full, "tiny": tiny}
+
+
+def with_the_same_weights(modules: dict[str, nn.Module]) -> dict[str, nn.Module]:
+    """Copies of modules, with the very tensors of theirs."""
+    shared = {id(p): p for module in modules.values() for p in module.parameters()}
+    return copy.deepcopy(modules, shared)
 
 
 def compile_networks(base: Base, pipe) -> Callable[..., Tensor]:
@@ -2183,17 +2200,17 @@ class Task:
                          latents=self.z.to(c.dtype), height=8 * self.z.shape[2],
                          width=8 * self.z.shape[3], output_type=output).images
 
-    def updates(self, name: str) -> dict[str, Callable]:
+    def updates(self, name: str, nets: dict[str, nn.Module]) -> dict[str, Callable]:
         """One update of a guide, AdamW and all, as train.py makes it, and the naive way.
 
         All in float32, under autocast where the dtype is another; the base compiled in two halves.
         """
-        unet, z, c, empty = self.base.unet, self.z, self.c.float(), self.empty.float()
+        unet, z, c, empty = nets["base"], self.z, self.c.float(), self.empty.float()
         unet = unet if self.c.dtype == torch.float32 else copy.deepcopy(unet).float()
         for half in ("encode", "decode") * self.config.compile:
             whole = getattr(UNet, half).__get__(unet)
             setattr(unet, half, torch.compile(whole, dynamic=False))
-        teacher = copy.deepcopy(self.guides[name]).float().to(memory_format=torch.contiguous_format)
+        teacher = copy.deepcopy(nets[name]).float().to(memory_format=torch.contiguous_format)
         guide = copy.deepcopy(teacher).requires_grad_()
         optimizer = torch.optim.AdamW(guide.parameters())
         t, t_mid, t_end = (torch.full_like(self.t, t) for t in ppdd.step_grid(16)[4:7])
@@ -2275,6 +2292,19 @@ def peak(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return 1024 * int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0])
+
+
+def operators(call: Callable, device: str) -> dict[str, float]:
+    """The share of a call's time that each of PyTorch's operators took, those of 1 % and more."""
+    gpu = device.startswith("cuda")
+    with torch.autograd.profiler.profile(use_device="cuda" if gpu else None,
+                                         use_kineto=gpu) as recorded:
+        call()
+    spent = {event.key.removeprefix("aten::"): event.self_device_time_total if gpu else
+             event.self_cpu_time_total for event in recorded.key_averages()}
+    shares = {name: round(time / (sum(spent.values()) or 1), 3) for name, time in spent.items()}
+    return {name: share for name, share in sorted(shares.items(), key=lambda kv: -kv[1])
+            if share >= 0.01}
 
 
 def machine_rates(config: SpeedConfig) -> dict[str, float]:
@@ -2366,10 +2396,15 @@ def speed_markdown(result: dict) -> str:
             "of the limit", "hours for 3,000 updates of 64"]
     ratios = [[r["ratio"], f"{r['side']} × {r['side']}", r["batch"], f"{r['median']:.3f}"]
               for r in result["ratios"]]
+    profiles = [[told["what"], f"{told['side']} × {told['side']}", told["batch"], ", ".join(
+        f"{name} {share:.0%}" for name, share in [*told["shares"].items()][:5])]
+        for told in result["profiles"]]
     told = listed(result["limit"] | {f"{name}, difference from diffusers": value for name, value in
                                      result["checked"].items()})
     return "\n".join([f"# Speed, {result['size']}", "", *table(head, lines, "---:"), "",
-                      *table(["ratio of times", "latents", "batch", ""], ratios, "---:"), "", *told,
+                      *table(["ratio of times", "latents", "batch", ""], ratios, "---:"), "",
+                      *table(["where the time goes", "latents", "batch", ""], profiles, "---:"),
+                      "", *told,
                       *protocol_lines(result["protocol"]),
                       *(f"- left out: {said}" for said in result["left out"])]) + "\n"
 

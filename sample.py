@@ -132,12 +132,14 @@ def run(config: Config) -> None:
     base = ppdd.load_base(path, DTYPES[config.dtype], config.device)
     loras = ppdd.merge_loras(base, config.lora)
     config = fit(config, base)
-    if config.compile:
-        base.vae.decode = compiled(base.vae.decode, config.device)
     say(NO_WEIGHTS if path == ppdd.MINI and not config.weights else f"base: {path}", *loras,
         f"g = {config.g:g} (guidance scale {1 + config.g:g} elsewhere)")
     if config.export:
         return export(config, base, out)
+    if config.compile:
+        base.vae.decode = compiled(base.vae.decode, config.device)
+    else:
+        ppdd.pack(base.unet, base.vae)
     prompts = [prompt for prompt in config.prompt for _ in range(config.n)]
     shots = [Shot(prompt, config.seed + k) for k, prompt in enumerate(prompts)]
     (compare if config.compare else write)(config, base, shots, out)
@@ -351,6 +353,8 @@ def find_method(config: Config, base: Base, guide: str) -> Method:
                        f"`python train.py --guide {guide}`, or use --guide cfg")
     made, about = ppdd.read_about(path)
     module = ppdd.load_guide(path, base.unet.config, DTYPES[config.dtype], config.device)
+    if not (config.compile or config.export):
+        ppdd.pack(module)
     say(describe(path, about, base))
     low, high = about.get("g_range") or (config.g, config.g)
     if not low <= config.g <= high:

@@ -130,7 +130,7 @@ def test_an_update_changes_the_copied_guide_only():
     base, guides = tables.random_base(settled())
     task = tables.Task(settled(), base, guides, None, 8, 1)
     before = [p.clone() for p in (*base.unet.parameters(), *guides["tiny"].parameters())]
-    for call in task.updates("tiny").values():
+    for call in task.updates("tiny", {"base": base.unet} | guides).values():
         call()
     after = (*base.unet.parameters(), *guides["tiny"].parameters())
     assert all(torch.equal(a, b) and b.grad is None for a, b in zip(before, after))
@@ -146,7 +146,8 @@ def test_an_update_has_everything_in_float32_under_autocast(monkeypatch):
 
     base, guides = tables.random_base(config)
     monkeypatch.setattr(ppdd, "cfg_distillation", watched)
-    tables.Task(config, base, guides, None, 8, 1).updates("tiny")["tiny stage-one update"]()
+    tables.Task(config, base, guides, None, 8, 1).updates(
+        "tiny", {"base": base.unet} | guides)["tiny stage-one update"]()
     assert seen == [{torch.float32}, True] and base.unet.out[2].weight.dtype == torch.bfloat16
 
 
@@ -164,7 +165,7 @@ def test_compiled_networks_compute_the_same_and_copies_of_guides_learn(monkeypat
     learned = []
     monkeypatch.setattr(task, "update", lambda loss, optimizer: (
         loss().backward(), learned.append(optimizer.param_groups[0]["params"][0].grad)))
-    task.updates("full")["full stage-one update"]()
+    task.updates("full", {"base": base.unet} | guides)["full stage-one update"]()
     assert learned[0].abs().max() > 0
 
 

@@ -340,8 +340,10 @@ def test_distillation_is_algorithm_1_one_encoder_pass_a_prompt(unet, batch, conf
     z, t, c, empty, g = batch
     calls, guide = spy(monkeypatch, UNet, "encode", "decode"), trained(config)
     distilled = ppdd.cfg_distillation(unet, guide, *batch)
-    (_, _, first), (_, _, second) = calls["encode"]
-    assert first is c and second is empty and len(calls["decode"]) == 3
+    (_, _, both), = calls["encode"]
+    assert torch.equal(both, torch.cat([c, empty])) and len(calls["decode"]) == 2
+    student = calls["decode"][1]                             # whose skips are the first of the two
+    assert all(len(skip) == len(z) for skip in student[0]) and student[3] is c
     e, eps_c, w = guided(unet, guide, z, t, c, g), unet(z, t, c), g.view(3, 1, 1, 1)
     e_teacher = (1 + w) * eps_c - w * unet(z, t, empty)
     assert distilled.loss.item() == pytest.approx(F.mse_loss(e, e_teacher).item(), rel=1e-4)
@@ -796,3 +798,33 @@ def test_the_method_needs_no_other_library():
     out = subprocess.run([sys.executable, "-c", code], cwd=Path(ppdd.__file__).parent,
                          capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "set()"
+
+
+# ------------------------------------------------------------------------------- packed weights
+
+
+@pytest.mark.parametrize("dtype, off", [(torch.float32, 1e-5), (torch.bfloat16, 0.1)])
+def test_packed_networks_compute_the_same_at_any_size_and_batch(dtype, off):
+    plain, packed = (ppdd.load_base(ppdd.MINI, dtype) for _ in range(2))
+    file = ppdd.MINI.parent / "guides" / "full.safetensors"
+    guides = [ppdd.load_guide(file, plain.unet.config, dtype) for _ in range(2)]
+    ppdd.pack(packed.unet, packed.vae, guides[1])
+    convolutions = [m for m in packed.unet.modules() if isinstance(m, torch.nn.Conv2d)]
+    c = plain.embed(["a red boat", "a green tree"])
+    for seeds, sides in ((1, (8, 8)), (2, (8, 8)), (2, (16, 8)), (1, (8, 8))):
+        z = ppdd.noise(range(seeds), (4, *sides))
+        pictures = [ppdd.sample(base.unet, z, c[:seeds], 4.0, 2, guide)
+                    for base, guide in zip((plain, packed), guides)]
+        pictures += [base.vae.decode(z.to(dtype)).float() for base in (plain, packed)]
+        for a, b in zip(pictures[::2], pictures[1::2]):
+            assert (a - b).abs().max() < off * a.abs().max()
+    if torch.backends.mkldnn.is_available():
+        assert all(isinstance(m, ppdd.PackedConv2d) and m.weight.is_mkldnn for m in convolutions)
+        assert {m.sides for m in convolutions} == {(8, 8), (4, 4)}
+
+
+def test_what_no_cpu_kernel_takes_is_not_packed():
+    half = torch.nn.Conv2d(4, 4, 3).half()
+    elsewhere = torch.nn.Conv2d(4, 4, 3, device="meta")
+    ppdd.pack(half, elsewhere)
+    assert type(half) is type(elsewhere) is torch.nn.Conv2d

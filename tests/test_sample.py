@@ -192,6 +192,16 @@ def test_where_nothing_can_be_compiled_a_sentence_says_so(here, backend, monkeyp
     assert "C++ compiler" in said and not list(Path("out").iterdir())
 
 
+@pytest.mark.parametrize("line, count", [
+    ("--guide full", 3), ("--guide cfg", 2), ("--compile", 0), ("--guide full --export controlnet", 0)])
+def test_what_samples_is_packed_and_what_is_compiled_or_exported_is_not(here, backend, monkeypatch,
+                                                                        line, count):
+    packed = []
+    monkeypatch.setattr(ppdd, "pack", lambda *modules: packed.extend(modules))
+    command("--steps 1 --prompt tree " + line)
+    assert len(packed) == count
+
+
 def test_nothing_is_lost_on_a_second_run(here):
     before = {p: p.read_bytes() for p in command("--steps 1 --prompt tree boat --guide none")}
     grid = Path("out/grid.png").read_bytes()
