@@ -2254,17 +2254,24 @@ def run_length(config: SpeedConfig) -> int:
 
 
 def race(calls: dict[str, Callable], config: SpeedConfig, warm: int = 1) -> dict[str, dict]:
-    """Milliseconds and peak memory of calls that take turns, after `warm` rounds unmeasured."""
+    """Milliseconds and peak memory of calls that take turns, after `warm` rounds unmeasured.
+
+    A turn is a second of calls one after the other, at most ten, but one where it is the first.
+    """
     device, told = torch.device(config.device), {name: {"rounds": []} for name in calls}
     warm = 3 if config.compile or device.type == "cuda" else warm
+    repeats = dict.fromkeys(calls, 1)
     for k in tqdm(range(warm + config.rounds), desc=f"{next(iter(calls))} …", leave=False):
         for name, call in calls.items():
             counted, n = reset_peak(device), run_length(config) if name.endswith(" step") else 1
             start = time.perf_counter()
-            call()
+            for _ in range(repeats[name]):
+                call()
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
-            took = 1000 * (time.perf_counter() - start) / n
+            took = (time.perf_counter() - start) / repeats[name]
+            repeats[name] = max(1, min(10, int(1 / max(took, 0.01))))
+            took *= 1000 / n
             if k >= warm:
                 told[name]["rounds"].append(round(took, 4))
                 told[name]["GiB"] = round(peak(device) / 2**30, 3) if counted else None
@@ -2368,8 +2375,9 @@ def speed_protocol(config: SpeedConfig) -> dict:
         "weights": "random, seed 0", "g": SPEED_G, "dtype": str(dtype_of(config)),
         "compiled": config.compile,
         "milliseconds": f"median and quartiles of {config.rounds} rounds in which everything "
-                        "takes turns, after 3 that warm up, on a CPU 1 or, where it would be long, "
-                        "none; ratios are medians of each round's own",
+                        "takes turns (of up to ten calls, as go into a second), after 3 that warm "
+                        "up, on a CPU 1 or, where it would be long, none; ratios are medians of "
+                        "each round's own",
         "a step": f"the time of a run of {run_length(config)} steps of ppdd.sample, divided by "
                   f"{run_length(config)}",
         "a picture": "text encoder, sampling, VAE; diffusers': StableDiffusionPipeline, DDIM",

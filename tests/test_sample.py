@@ -193,7 +193,8 @@ def test_where_nothing_can_be_compiled_a_sentence_says_so(here, backend, monkeyp
 
 
 @pytest.mark.parametrize("line, count", [
-    ("--guide full", 3), ("--guide cfg", 2), ("--compile", 0), ("--guide full --export controlnet", 0)])
+    ("--guide full", 3), ("--guide cfg", 2), ("--compile", 0),
+    ("--guide full --export controlnet", 0)])
 def test_what_samples_is_packed_and_what_is_compiled_or_exported_is_not(here, backend, monkeypatch,
                                                                         line, count):
     packed = []
