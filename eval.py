@@ -2015,6 +2015,8 @@ def draw_curves(axes, rows: list[dict], score: str, g: str) -> None:
 SPEED_G = 8.0
 PEER = "diffusers: "            # before the name of what it does as well
 COMPILE = {"cuda": {"mode": "max-autotune"}}        # which makes CUDA graphs, as sample.py does
+PROFILED = ("UNet pass", PEER + "UNet pass", "CFG step", "tiny step", "tiny stage-one update",
+            "tiny stage-one update, naive")
 AGREE = {"fp32": 1e-3, "bf16": 5e-2, "fp16": 5e-2}   # largest difference, of the largest value
 
 
@@ -2078,20 +2080,25 @@ def speed(config: SpeedConfig) -> None:
                 torch.compiler.reset()           # other shapes are compiled anew
             task = Task(config, base, guides, pipe, side, batch, step)
             first = side == config.side[0]
-            races = [(task.parts, first)]        # and whether a first round warms up on a CPU, too
-            if config.device != "cpu" or config.size == "mini" or first:
-                races += [(task.pictures, False), *((partial(task.updates, name, trained),
-                                                     not config.quick) for name in guides)]
+            whole = config.device != "cpu" or config.size == "mini" or first
+            task.warm_up()
+            races = [(task.parts, first, config)]            # True: a round warms up on a CPU, too
+            if whole:
+                long = replace(config, rounds=config.rounds if config.device != "cpu" else
+                               min(config.rounds, 2))
+                races += [(task.pictures, False, long), *(
+                    (partial(task.updates, name, trained), not config.quick, long)
+                    for name in guides)]
             else:
                 left_out.append(f"whole pictures and updates at {side} × {side}: minutes each on a "
                                 "CPU; they are measured at the side that --side names first")
-            for make, warm in races:
+            for make, warm, settings in races:
                 calls = make()
                 rows += [speed_row(name, side, batch, told, macs, limit)
-                         for name, told in race(calls, config, warm).items()]
+                         for name, told in race(calls, settings, warm).items()]
                 profiles += [{"what": name, "side": side, "batch": batch,
-                              "shares": operators(call, config.device)}
-                             for name, call in calls.items() if "picture" not in name]
+                              "shares": operators(calls[name], config.device)}
+                             for name in PROFILED if name in calls and whole]
     result = {"size": config.size, "protocol": speed_protocol(config), "limit": limit,
               "checked": checked, "rows": rows, "ratios": speed_ratios(rows), "profiles": profiles,
               "left out": left_out}
@@ -2160,6 +2167,12 @@ class Task:
         self.c, self.empty = base.text(self.ids), base.embed([""])
         self.empty = self.empty.expand_as(self.c)                                  # (B, L, D)
 
+    def warm_up(self) -> None:
+        """Has the convolutions packed for these sides, before anything is timed."""
+        for guide in self.guides.values():
+            ppdd.sample(self.base.unet, self.z, self.c, SPEED_G, 1, guide, predict=self.step)
+        self.base.vae.decode(self.z.to(self.c.dtype))
+
     def sample(self, method: str, steps: int, c: Tensor, empty: Tensor) -> Tensor:
         guide, empty = self.guides.get(method), empty if method == "CFG" else None
         return ppdd.sample(self.base.unet, self.z, c, SPEED_G, steps, guide, empty,
@@ -2169,15 +2182,17 @@ class Task:
         """One of each; of steps a whole run, as what is computed before them is theirs."""
         base, pipe, z = self.base, self.pipe, self.z.to(self.c.dtype)
         steps = run_length(self.config)
-        calls = {"UNet pass": lambda: base.unet(z, self.t, self.c)} | {
-            f"{method} step": partial(self.sample, method, steps, self.c, self.empty)
-            for method in ("CFG", "full", "tiny")} | {
-            "VAE decode": lambda: base.vae.decode(z), "text encoding": lambda: base.text(self.ids)}
         scaled = z / base.vae.config.scale_factor
+        ours = {"UNet pass": lambda: base.unet(z, self.t, self.c),
+                "VAE decode": lambda: base.vae.decode(z),
+                "text encoding": lambda: base.text(self.ids)}
         theirs = {"UNet pass": lambda: pipe.unet(z, self.t, self.c),
                   "VAE decode": lambda: pipe.vae.decode(scaled),
                   "text encoding": lambda: pipe.text_encoder(self.ids)} if pipe else {}
-        return calls | {PEER + name: call for name, call in theirs.items()}
+        pairs = ({name: ours[name], PEER + name: theirs.get(name)} for name in ours)
+        calls = {name: call for pair in pairs for name, call in pair.items() if call}
+        return calls | {f"{method} step": partial(self.sample, method, steps, self.c, self.empty)
+                        for method in ("CFG", "full", "tiny")}
 
     def pictures(self) -> dict[str, Callable]:
         """From prompt to pixels: text encoder, sampling, VAE."""
@@ -2374,10 +2389,10 @@ def speed_protocol(config: SpeedConfig) -> dict:
     return {
         "weights": "random, seed 0", "g": SPEED_G, "dtype": str(dtype_of(config)),
         "compiled": config.compile,
-        "milliseconds": f"median and quartiles of {config.rounds} rounds in which everything "
-                        "takes turns (of up to ten calls, as go into a second), after 3 that warm "
-                        "up, on a CPU 1 or, where it would be long, none; ratios are medians of "
-                        "each round's own",
+        "milliseconds": f"median and quartiles of {config.rounds} rounds in which everything takes "
+                        "turns (of up to ten calls, as go into a second), after 3 that warm up; on "
+                        "a CPU of 2 where it would be long, and after 1 or none; ratios are "
+                        "medians of each round's own",
         "a step": f"the time of a run of {run_length(config)} steps of ppdd.sample, divided by "
                   f"{run_length(config)}",
         "a picture": "text encoder, sampling, VAE; diffusers': StableDiffusionPipeline, DDIM",

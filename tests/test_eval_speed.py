@@ -62,6 +62,10 @@ def test_the_whole_command(here, capsys):
     assert {"tiny step / CFG step", "full step / CFG step", "UNet pass / diffusers: UNet pass",
             "tiny picture, 2 steps / diffusers: CFG picture, 2 steps",
             "tiny stage-one update / tiny stage-one update, naive"} <= ratios.keys()
+    assert [told["what"] for told in told["profiles"]] == list(tables.PROFILED)
+    for profile in told["profiles"]:
+        assert 0.5 < sum(profile["shares"].values()) <= 1.01 and "mm" in profile["shares"]
+        assert f"| {profile['what']} | 8 × 8 | 1 | {next(iter(profile['shares']))} " in page
     assert max(told["checked"].values()) < 1e-4 and len(told["checked"]) == 4
     protocol = told["protocol"]
     assert {"hardware", "commit", "dtype", "settings"} <= protocol.keys()
