@@ -156,7 +156,8 @@ class GuideConfig:
     pool    how the tiny guide turns L tokens into one vector, which Eq. 5 leaves open: "mean",
             "end" (the end-of-text token) or "attention" (`queries` learned queries, each with
             its own share of the C channels)
-    form    "sum" is Eq. 5; in "product" g multiplies what the timestep and the text say
+    form    "sum" is Eq. 5; in "product" g multiplies what the timestep and the text say; in
+            "gated" the text scales what g and the timestep say, so that all three interact
     hint    channels of the full guide's first hint convolutions; 0 takes model_channels / 20:
             ControlNet's 16 for SD 1.5
     """
@@ -194,8 +195,8 @@ class TinyGuide(nn.Module):
             self.query = nn.Parameter(normal(config.queries, base.context_dim, std=0.1))
         elif config.pool not in ("mean", "end"):
             raise CheckpointError(f"pool is {config.pool!r}: use attention, mean or end")
-        if config.form not in ("sum", "product"):
-            raise CheckpointError(f"form is {config.form!r}: use sum or product")
+        if config.form not in ("sum", "product", "gated"):
+            raise CheckpointError(f"form is {config.form!r}: use sum, product or gated")
 
     def start_from(self, unet: UNet) -> None:
         """A fresh tiny guide takes nothing from the base."""
@@ -218,9 +219,13 @@ class TinyGuide(nn.Module):
         Times of a whole run, (N, 1, E), give 13 (N, B, C_i, 1, 1). z and t are not read: they are
         there for the sake of one interface.
         """
-        said = self.theta_z1(emb) + self.read_text(c)                          # (…, B, C)
-        gamma = (g / G_SCALE)[:, None].to(said)                                # (B, 1)
-        h = gamma + said if self.guide_config.form == "sum" else gamma * (1 + said)
+        time, text = self.theta_z1(emb), self.read_text(c)                     # (…, B, C), (B, C)
+        gamma = (g / G_SCALE)[:, None].to(time)                                # (B, 1)
+        h = gamma + (time + text)                                              # (…, B, C), Eq. 5
+        if self.guide_config.form == "product":
+            h = gamma * (1 + (time + text))
+        if self.guide_config.form == "gated":
+            h = (gamma + time) * (1 + text)
         return [theta(h)[..., None, None] for theta in self.theta_z3]
 
     def cues(self, g: Tensor, embs: Tensor, times: Tensor, c: Tensor, z: Tensor) -> list[tuple]:

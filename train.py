@@ -102,8 +102,8 @@ class Config:
                               "by the root of that", choices=("eps", "root-snr", "snr"))
     pool: str = option("attention", "tiny: how text becomes a vector",
                        choices=("attention", "mean", "end"))
-    form: str = option("sum", "tiny: Eq. 5's sum, or g times what time and text say",
-                       choices=("sum", "product"))
+    form: str = option("sum", "tiny: Eq. 5's sum; g times what time and text say; or the text "
+                              "times what g and time say", choices=("sum", "product", "gated"))
     pictures: int = option(6000, "the miniature's training pictures")
     accumulate: int = option(1, "split each batch into so many parts, one by one, to save memory")
     checkpointing: bool = option(False, "recompute the decoder's blocks backwards, for memory")

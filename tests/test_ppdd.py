@@ -33,7 +33,7 @@ SD15 = UNetConfig()
 SMALL = UNetConfig(model_channels=16, channel_mult=(1, 2), num_res_blocks=1, attention=(True, True),
                    num_heads=4, context_dim=24, norm_groups=8)
 TINY = [GuideConfig(pool=pool, form=form) for pool in ("attention", "mean", "end")
-        for form in ("sum", "product")]
+        for form in ("sum", "product", "gated")]
 BOTH = [GuideConfig("tiny"), GuideConfig("full")]
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 STEPS = [1, 2, 4, 5, 8, 10, 20, 25, 50]                        # N whose stride 1000 / N is whole
@@ -259,6 +259,21 @@ def test_tiny_guide_in_product_form_says_nothing_without_guidance(unet, batch):
     assert all((y == 0).all() for y in guide(0 * g, emb, c))
     for once, twice in zip(guide(g, emb, c), guide(2 * g, emb, c)):
         assert torch.equal(2 * once, twice)
+
+
+def test_in_the_gated_form_text_time_and_g_interact(unet, batch):
+    """What a change of one of them changes depends on the others; in Eq. 5 it does not."""
+    _, t, c, _, g = batch
+    emb, other = unet.embed_time(t), unet.embed_time((t + 300) % 1000)
+    for form, apart in (("sum", True), ("gated", False)):
+        guide = trained(GuideConfig(form=form, pool="end"))
+        texts = [[y0 - y for y0, y in zip(guide(*given, c), guide(*given, c.flip(0)))]
+                 for given in ((g, emb), (g, other), (g + 5, emb))]
+        for changed in texts[1:]:
+            assert all((disagreement(a, b) < 1e-4) == apart for a, b in zip(texts[0], changed))
+    h = (g[:, None] / 10 + guide.theta_z1(emb)) * (1 + guide.read_text(c))
+    for y, theta in zip(guide(g, emb, c), guide.theta_z3):
+        assert disagreement(y[..., 0, 0], theta(h)) < 1e-5
 
 
 def test_tiny_guide_reads_the_text_as_configured(batch):

@@ -64,7 +64,8 @@ def tried(settings):
     if "sampled" in settings:
         name = f"{settings['guide']} guide, halved to {settings['steps']} steps"
         return name if settings["sampled"] == "made" else f"{settings['guide']} guide for 8 steps"
-    changed = [f"`--{k} {v}`" for k, v in settings.items() if k in ("loss", "form", "trajectories")]
+    changed = [f"`--{k} {v}`" for k, v in settings.items()
+               if k in ("loss", "form", "trajectories", "ema")]
     return "CFG" if settings["guide"] == "cfg" else " ".join(changed) or "as the paper has it"
 
 
