@@ -366,8 +366,8 @@ def find_guide(config: Config, base: Base, kind: str) -> Path | None:
     """The most suitable guide of this kind that fits the base.
 
     --guides comes before guides/BASE, and that before guides of other bases and the bundled ones;
-    then this base's own come first, then those distilled for about so many steps. Guides for a
-    single g are for whoever names them.
+    then this base's own come first, then those distilled for about so many steps, then those of
+    the paper's form. Guides for a single g are for whoever names them.
     """
     given, own = path_of(config.guides), Path("guides") / base.name
     bundled = Path(__file__).resolve().parent / "mini" / "guides"
@@ -381,7 +381,8 @@ def find_guide(config: Config, base: Base, kind: str) -> Path | None:
             continue                                         # something else that lies there
         low, high = about.get("g_range") or (0, 1)
         if made.kind == kind and low < high:
-            ranked.append((pool, about.get("base") != base.name, *far(about, config.steps), path))
+            ranked.append((pool, about.get("base") != base.name, *far(about, config.steps),
+                           made.form != "sum", path))
     return next((path for *_, path in sorted(ranked) if fits(path, base.unet.config)), None)
 
 

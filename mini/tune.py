@@ -39,6 +39,7 @@ HALVING = [{"init": f"mini/guides/{kind}.safetensors", "guide": kind, "start-ste
 TINY = STAGE_ONE | {"lr": "5e-3"}
 REMEDIES = [TINY, *(TINY | {"loss": loss} for loss in ("root-snr", "snr")),
             TINY | {"form": "product"}, TINY | {"form": "product", "loss": "root-snr"},
+            TINY | {"form": "gated"}, TINY | {"form": "gated", "loss": "root-snr"},
             TINY | {"trajectories": "0.5"}, TINY | {"trajectories": "1"},
             TINY | {"trajectories": "0.5", "loss": "root-snr"}, TINY | {"ema": "0.99"}]
 

@@ -47,9 +47,9 @@ def write_base(path: Path, unet: UNetConfig, vae: VAEConfig, text: TextConfig, d
 
 
 def write_guide(path: Path, unet: UNetConfig, kind: str, steps: int, base: str = "toy",
-                g_range: tuple = (2, 9), **about) -> Path:
+                g_range: tuple = (2, 9), form: str = "sum", **about) -> Path:
     """A random guide that changes a picture."""
-    config = GuideConfig(kind=kind, width=64)
+    config = GuideConfig(kind=kind, width=64, form=form)
     guide = randomised(lambda: ppdd.build_guide(unet, config), seed=steps)
     ppdd.save_guide(path, guide, config, {"base": base, "steps": steps, "g_range": g_range} | about)
     return path
@@ -304,8 +304,10 @@ def test_the_order_of_folders(toy, here, toys):
     assert chosen(toy) == bundled and chosen(toy, steps=50) == other     # the steps decide
     bundled = write_guide(here / "mini/guides/mine.safetensors", UNET, "tiny", 0)
     assert chosen(toy) == bundled                                        # its own base's
+    gated = write_guide(Path("guides/toy/a.safetensors"), UNET, "tiny", 0, form="gated")
+    assert chosen(toy) == gated
     own = write_guide(Path("guides/toy/tiny.safetensors"), UNET, "tiny", 0)
-    assert chosen(toy) == own
+    assert chosen(toy) == own                                            # the paper's form
     given = write_guide(Path("given/x/any.safetensors"), UNET, "tiny", 32, base="other")
     assert chosen(toy, guides="given") == given and chosen(toy, "full") is None
 
