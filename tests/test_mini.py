@@ -75,8 +75,9 @@ def test_cfg_follows_captions_and_no_guidance_does_so_much_less(world):
 def test_every_bundled_guide_beats_no_guidance(world):
     free = world.sampled("no guidance", 0., 8)["right"]["all"]
     names = {p.stem for p in GUIDES.glob("*.safetensors")}
-    assert names >= {"tiny", "tiny-16", "tiny-8", "full", "full-16", "full-8", "tiny-8-g8"}
-    for name in ("full-8", "tiny-8", "tiny-8-g8"):
+    assert names >= {"tiny", "tiny-16", "tiny-8", "full", "full-16", "full-8", "tiny-8-g8",
+                     "tiny-gated", "tiny-gated-16", "tiny-gated-8"}
+    for name in ("full-8", "tiny-8", "tiny-8-g8", "tiny-gated-8"):
         guide = ppdd.load_guide(GUIDES / f"{name}.safetensors", world.base.unet.config)
         assert world.sampled(name, 8., 8, guide)["right"]["all"] > free
 
