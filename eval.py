@@ -1396,7 +1396,7 @@ def need(rows: list[Row], base: Base, what: str = "guide") -> list[Row]:
 def plugged(config: Config, base: Base) -> list[Row]:
     """No guidance, CFG and the plain base's stage-one guides, for a fine-tune of that base."""
     plain = ppdd.find_weights(config.weights) if config.bases or config.weights else ppdd.MINI
-    rows = methods(config, replace(base, path=plain), ("full", "tiny", "tiny-gated"))
+    rows = methods(config, replace(base, path=plain), ("full", "tiny", *OURS[:1]))
     return [row for row in rows
             if row.guide or (row.steps, row.sampler) == (STAGE_ONE, "ddim")]
 

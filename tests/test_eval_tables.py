@@ -40,7 +40,7 @@ def here(tmp_path, monkeypatch) -> Path:
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))                # no Inception there
     monkeypatch.setattr(ppdd, "MINI", tmp_path / "mini" / "mini.safetensors")
-    for name, value in (("PLAIN", PLAIN), ("GUIDES", GUIDES), ("STAGE_ONE", STEPS)):
+    for name, value in (("PLAIN", PLAIN), ("GUIDES", GUIDES), ("OURS", ()), ("STAGE_ONE", STEPS)):
         monkeypatch.setattr(tables, name, value)
     return tmp_path
 
@@ -188,7 +188,7 @@ def test_two_processes_give_what_one_gives(here):
         f"import sys; sys.path.insert(0, {str(ROOT)!r})\nfrom pathlib import Path\n"
         "import eval as tables, ppdd, torch\nfrom eval import Row\ntorch.set_num_threads(1)\n"
         f"ppdd.MINI, tables.STAGE_ONE = Path({str(ppdd.MINI)!r}), {STEPS}\n"
-        f"tables.PLAIN, tables.GUIDES = {PLAIN}, {GUIDES}\ntables.main()\n")
+        f"tables.PLAIN, tables.GUIDES, tables.OURS = {PLAIN}, {GUIDES}, ()\ntables.main()\n")
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone",
                     "--nproc-per-node", "2", "short.py", "table2", "--g", "8", *FEW], check=True,
