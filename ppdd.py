@@ -536,8 +536,8 @@ def laid_out(module: nn.Module) -> nn.Module:
 class PackedConv2d(nn.Conv2d):
     """A frozen convolution whose weights lie in the order in which a CPU's kernel reads them.
 
-    Conv2d has oneDNN reorder them at every call, which at 8 × 8 pixels takes three times as long
-    as the convolution. The best order depends on the sides of the input, not on the batch.
+    Conv2d has oneDNN reorder them at every call, which weighs the more, the smaller the input is.
+    The best order depends on the sides of the input, not on the batch.
     """
 
     sides: tuple[int, ...] = ()                                # those it is packed for
