@@ -119,6 +119,7 @@ class Config:
     out: str = option("guides", "finished guides go to OUT/BASE")
     run: str = option("", "folder of checkpoint, log and pictures; default runs/BASE/GUIDE")
     init: str = option("", "start stage one's guide from this file and skip stage one")
+    further: bool = option(False, "with --init: train stage one further instead of skipping it")
     resume: bool = option(False, "go on where the run in this folder stopped")
     save_every: int = option(500, "updates between checkpoints")
     keep: int = option(2, "how many checkpoints to keep")
@@ -167,6 +168,7 @@ def check(config: Config) -> None:
          "over the number of processes"),
         (config.size % 64 or not 64 <= config.size <= 2048,
          f"--size {config.size}: a multiple of 64 pixels, at most 2048"),
+        (config.further and not config.init, "--further is for a guide given with --init"),
         (config.keep < 1, f"--keep {config.keep}: at least 1"),
         (config.cache != "" and not config.data, "--cache is for pictures of --data: give some"),
         (min(config.updates, config.halving_updates, config.max_updates, config.grid_every) < 0,
@@ -770,7 +772,7 @@ class Run:
         self.begin_stage()
 
     def start_from(self, path: Path) -> None:
-        """Takes a finished stage-one guide, and goes on with the first halving."""
+        """Takes a finished stage-one guide: to train it further, or on to the first halving."""
         made, _ = ppdd.read_about(path)
         if made != self.guide_config:
             raise BadInput(f"--init {path} is a guide of other settings ({made}): give the "
@@ -778,7 +780,7 @@ class Run:
         guide = ppdd.load_guide(path, self.base.unet.config).state_dict()
         for _, module in self.modules():
             module.load_state_dict(guide)
-        self.stage = 1
+        self.stage = 0 if self.config.further else 1
 
     def new_guide(self) -> nn.Module:
         guide = ppdd.build_guide(self.base.unet.config, self.guide_config)
