@@ -35,6 +35,7 @@ import re
 import statistics
 import subprocess
 import sys
+import tempfile
 import textwrap
 import time
 from collections import deque
@@ -2014,7 +2015,10 @@ def draw_curves(axes, rows: list[dict], score: str, g: str) -> None:
 # ------------------------------------------------------------------------------- speed
 
 SPEED_G = 8.0
+SPEED_PROMPT = "a lighthouse on a cliff at sunset, oil painting"
 PEER = "diffusers: "            # before the name of what it does as well
+OFFICIAL = ("model.diffusion_model.", "first_stage_model.",      # of UNet, VAE and text encoder
+            "cond_stage_model.transformer.text_model.")
 COMPILE = {"cuda": {"mode": "max-autotune"}}        # which makes CUDA graphs, as sample.py does
 PROFILED = ("UNet pass", PEER + "UNet pass", "CFG step", "tiny step", "tiny stage-one update",
             "tiny stage-one update, naive")
@@ -2067,11 +2071,13 @@ def speed(config: SpeedConfig) -> None:
     """`speed`: what a step, a picture and an update take, beside CFG, a peer and the limit."""
     base, guides = random_base(config)
     pipe = build_peer(base) if config.peer else None
+    starts = first_picture(config, base, guides["tiny"])
     trained = with_the_same_weights({"base": base.unet} | guides)
     if not config.compile:                       # as sample.py does
         ppdd.pack(base.unet, base.vae, *guides.values())
     checked = check_peer(config, base, pipe) if pipe else {}
-    limit, rows, profiles, left_out = machine_rates(config), [], [], []
+    limit, profiles, left_out = machine_rates(config), [], []
+    rows = [speed_row(name, config.side[0], 1, told, {}, limit) for name, told in starts.items()]
     step = compile_networks(base, pipe) if config.compile else ppdd.predict
     for side in config.side:
         nets = build_networks(config.size)._replace(side=side)
@@ -2125,6 +2131,38 @@ def random_base(config: SpeedConfig) -> tuple[Base, dict[str, nn.Module]]:
     return Base(unet, vae, text, Tokenizer(), Path("random")), {"full": full, "tiny": tiny}
 
 
+def first_picture(config: SpeedConfig, base: Base, tiny: nn.Module) -> dict[str, dict]:
+    """What a fresh Python takes to import torch, and `sample.py` from its start to its end.
+
+    The weights lie in one fp16 file in the official layout; the miniature's are the bundled ones.
+    """
+    steps, long = config.steps[0], config.rounds if config.device != "cpu" else 2
+    with tempfile.TemporaryDirectory() as folder:
+        paths = [f"{folder}/{name}.safetensors" for name in ("weights", "tiny")]
+        if config.size == "mini":
+            paths = [ppdd.MINI, "tiny"]
+        else:
+            nets = zip(OFFICIAL, (base.unet, base.vae, base.text))
+            ppdd.save_tensors(paths[0], {prefix + name: tensor.half() for prefix, net in nets
+                                         for name, tensor in net.state_dict().items()})
+            ppdd.save_guide(Path(paths[1]), tiny, tiny.guide_config, {})
+        dtype = {kind: name for name, kind in DTYPES.items()}[dtype_of(config)]
+        flags = {"prompt": SPEED_PROMPT, "weights": paths[0], "guide": paths[1], "steps": steps,
+                 "g": SPEED_G, "size": 8 * config.side[0], "device": config.device, "dtype": dtype}
+        words = [str(word) for k, v in flags.items() for word in (f"--{k}", v)]
+        script = str(Path(__file__).with_name("sample.py"))
+
+        def fresh(*command: str) -> None:
+            done = subprocess.run([sys.executable, *command], cwd=folder, text=True,
+                                  capture_output=True)
+            refuse((done.returncode, f"a fresh Python failed: {done.stderr.strip()[-1000:]}"))
+
+        told = race({"import torch, fresh Python": lambda: fresh("-c", "import torch"),
+                     f"sample.py, {steps} steps, from start to end": lambda: fresh(script, *words)},
+                    replace(config, rounds=min(config.rounds, long), compile=False), 0)
+    return {name: entry | {"GiB": None} for name, entry in told.items()}
+
+
 def with_the_same_weights(modules: dict[str, nn.Module]) -> dict[str, nn.Module]:
     """Copies of modules, with the very tensors of theirs."""
     shared = {id(p): p for module in modules.values() for p in module.parameters()}
@@ -2160,7 +2198,7 @@ class Task:
                  side: int, batch: int, step: Callable[..., Tensor] = ppdd.predict):
         self.config, self.base, self.guides, self.pipe = config, base, guides, pipe
         self.step = step                         # ppdd.predict, or that compiled
-        self.prompts = ["a lighthouse on a cliff at sunset, oil painting"] * batch
+        self.prompts = [SPEED_PROMPT] * batch
         shape = (base.unet.config.in_channels, side, side)
         self.z = ppdd.noise(range(batch), shape).to(config.device)                 # (B, Z, H, W)
         self.t = torch.full((batch,), 500, device=config.device)
@@ -2331,12 +2369,12 @@ def operators(call: Callable, device: str) -> dict[str, float]:
 
 
 def machine_rates(config: SpeedConfig) -> dict[str, float]:
-    """The fastest of ten products of square matrices, and of ten copies, in this dtype."""
+    """The fastest of five rounds of products of square matrices, and of copies, in this dtype."""
     n = 8192 if config.device != "cpu" else 2048 if config.size == "sd15" else 1024
     a, b = torch.randn(2, n, n, device=config.device).to(dtype_of(config))
     big, other = torch.zeros(2, 2**26 if config.size == "sd15" else 2**23, device=config.device)
     told = race({"matrix": lambda: a @ b, "copy": lambda: big.copy_(other)},
-                replace(config, rounds=10))
+                replace(config, rounds=5))
     fastest = {name: min(entry["rounds"]) / 1000 for name, entry in told.items()}
     return {"matrix, TFLOP/s": round(2 * n**3 / fastest["matrix"] / 1e12, 4),
             "copy, GB/s, read and written": round(2 * big.nbytes / fastest["copy"] / 1e9, 2)}
@@ -2396,6 +2434,8 @@ def speed_protocol(config: SpeedConfig) -> dict:
                         "medians of each round's own",
         "a step": f"the time of a run of {run_length(config)} steps of ppdd.sample, divided by "
                   f"{run_length(config)}",
+        "sample.py": "a process of its own that paints one picture with a tiny guide, weights in "
+                     "one fp16 file that was just written; the miniature's are the bundled ones",
         "a picture": "text encoder, sampling, VAE; diffusers': StableDiffusionPipeline, DDIM",
         "memory": "peak resident size of the process, with all networks of this command in it" if
                   cpu else "peak allocated on the GPU, with all networks of this command on it",

@@ -12,6 +12,7 @@ from test_eval_tables import refusal
 import eval as tables
 import ppdd
 
+IMPORT, START = "import torch, fresh Python", "sample.py, 2 steps, from start to end"
 QUICK = "speed --size mini --device cpu --quick".split()
 
 
@@ -42,7 +43,8 @@ def test_the_whole_command(here, capsys):
     pictures = {f"{method} picture, 2 steps" for method in ("CFG", "full", "tiny")}
     updates = {f"{guide} {kind}" for guide in ("full", "tiny") for kind in
                ("stage-one update", "stage-one update, naive", "halving update")}
-    assert rows.keys() == parts | {"CFG step", "full step", "tiny step"} | pictures | updates | {
+    fresh, steps = {IMPORT, START}, {"CFG step", "full step", "tiny step"}
+    assert rows.keys() == fresh | parts | steps | pictures | updates | {
         f"diffusers: {name}" for name in (*parts, "CFG picture, 2 steps")}
     for name, row in rows.items():
         assert len(row["rounds"]) == 2 and min(row["rounds"]) > 0 and row["batch"] == 1
@@ -51,6 +53,7 @@ def test_the_whole_command(here, capsys):
         assert ("images/s" in row) == ("picture" in name or "update" in name)
         assert f"| {name} | 8 × 8 | 1 | " in page
         assert row["GiB"] is None or 0.05 < row["GiB"] < 24
+    assert rows[START]["ms"] > rows[IMPORT]["ms"] > 100 and rows[START]["GiB"] is None
     picture, update = rows["tiny picture, 2 steps"], rows["tiny halving update"]
     assert picture["images/s"] == pytest.approx(1000 / picture["ms"], rel=1e-3)
     assert update["hours for 3,000 updates of 64"] == pytest.approx(
@@ -193,6 +196,12 @@ def test_defaults_by_machine(monkeypatch):
     assert plans["sd15", "cpu", True] == ((16,), (1,), (2,), 1)
     assert plans["sd15", "cuda", False] == ((64,), (1, 4, 16), (8, 16, 50), 20)
     assert plans["mini", "cpu", False] == ((8,), (1,), (8,), 3)
+
+
+def test_a_first_picture_that_fails_is_no_time():
+    base, guides = tables.random_base(settled())           # not of the size that is said
+    with pytest.raises(tables.BadInput, match="fresh Python failed: sample.py: .*shape"):
+        tables.first_picture(settled("--size", "sd15"), base, guides["tiny"])
 
 
 def test_sentences(here, capsys, monkeypatch):
