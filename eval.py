@@ -2136,7 +2136,7 @@ def first_picture(config: SpeedConfig, base: Base, tiny: nn.Module) -> dict[str,
 
     The weights lie in one fp16 file in the official layout; the miniature's are the bundled ones.
     """
-    steps, long = config.steps[0], config.rounds if config.device != "cpu" else 2
+    steps, twice = config.steps[0], min(config.rounds, 2)
     with tempfile.TemporaryDirectory() as folder:
         paths = [f"{folder}/{name}.safetensors" for name in ("weights", "tiny")]
         if config.size == "mini":
@@ -2159,7 +2159,7 @@ def first_picture(config: SpeedConfig, base: Base, tiny: nn.Module) -> dict[str,
 
         told = race({"import torch, fresh Python": lambda: fresh("-c", "import torch"),
                      f"sample.py, {steps} steps, from start to end": lambda: fresh(script, *words)},
-                    replace(config, rounds=min(config.rounds, long), compile=False), 0)
+                    replace(config, rounds=twice, device="cpu", compile=False), 0)
     return {name: entry | {"GiB": None} for name, entry in told.items()}
 
 
@@ -2430,8 +2430,8 @@ def speed_protocol(config: SpeedConfig) -> dict:
         "compiled": config.compile,
         "milliseconds": f"median and quartiles of {config.rounds} rounds in which everything takes "
                         "turns (of up to ten calls, as go into a second), after 3 that warm up; on "
-                        "a CPU of 2 where it would be long, and after 1 or none; ratios are "
-                        "medians of each round's own",
+                        "a CPU of 2 where it would be long, and after 1 or none; of a fresh Python "
+                        "of 2, after none; ratios are medians of each round's own",
         "a step": f"the time of a run of {run_length(config)} steps of ppdd.sample, divided by "
                   f"{run_length(config)}",
         "sample.py": "a process of its own that paints one picture with a tiny guide, weights in "
