@@ -1114,8 +1114,8 @@ class Run:
 
     def refuse_other_settings(self, state: dict) -> None:
         free = {"resume", "save_every", "grid_every", "device", "compile", "max_updates", "lr",
-                "halving_lr", "updates", "halving_updates", "dtype", "out", "init", "weights",
-                "keep", "accumulate", "cache", "checkpointing"}
+                "halving_lr", "updates", "halving_updates", "dtype", "out", "init", "further",
+                "weights", "keep", "accumulate", "cache", "checkpointing"}
         now, before = json.loads(json.dumps(asdict(self.config))), state["config"]
         changed = [k for k in now if k not in free and before.get(k) != now[k]]
         if changed:

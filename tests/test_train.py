@@ -134,6 +134,22 @@ def test_a_resume_refuses_other_postcards(base, here, capsys):
     train.prepare(train.parse([*argv, "--max-updates", "3", "--resume"])).held.close()
 
 
+def test_stage_one_goes_further_from_a_guide(base, here, capsys):
+    run(base, "--end-steps", "64", updates=2)
+    before, argv = guides(here)["tiny"], ("--init", "guides/toy/tiny.safetensors", "--further")
+    begun = train.prepare(train.parse(["--weights", str(base), "--pictures", "40", *argv]))
+    begun.held.close()
+    weights = begun.guide.state_dict()
+    assert begun.stage == begun.update == 0
+    assert all(torch.equal(tensor, before[name].float()) for name, tensor in weights.items())
+    run(base, "--end-steps", "64", *argv, updates=2)
+    after = guides(here)["tiny"]
+    assert any(not torch.equal(after[name], before[name]) for name in before)
+    with pytest.raises(SystemExit) as stopped:
+        run(base, "--further")
+    assert stopped.value.code == 2 and "--init" in capsys.readouterr().err
+
+
 def test_a_tilde_is_the_home_folder_in_every_place(base, here, monkeypatch):
     monkeypatch.setenv("HOME", str(here / "home"))
     run(base, "--run", "~/run", "--out", "~/out", "--end-steps", "64", updates=1)
