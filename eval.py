@@ -2071,7 +2071,7 @@ def speed(config: SpeedConfig) -> None:
     """`speed`: what a step, a picture and an update take, beside CFG, a peer and the limit."""
     base, guides = random_base(config)
     pipe = build_peer(base) if config.peer else None
-    starts = first_picture(config, base, guides["tiny"])
+    starts = fresh_processes(config, base, guides["tiny"])     # before the weights are packed
     trained = with_the_same_weights({"base": base.unet} | guides)
     if not config.compile:                       # as sample.py does
         ppdd.pack(base.unet, base.vae, *guides.values())
@@ -2131,36 +2131,40 @@ def random_base(config: SpeedConfig) -> tuple[Base, dict[str, nn.Module]]:
     return Base(unet, vae, text, Tokenizer(), Path("random")), {"full": full, "tiny": tiny}
 
 
-def first_picture(config: SpeedConfig, base: Base, tiny: nn.Module) -> dict[str, dict]:
+def fresh_processes(config: SpeedConfig, base: Base, tiny: nn.Module) -> dict[str, dict]:
     """What a fresh Python takes to import torch, and `sample.py` from its start to its end.
 
     The weights lie in one fp16 file in the official layout; the miniature's are the bundled ones.
     """
-    steps, twice = config.steps[0], min(config.rounds, 2)
+    steps, weights, guide = config.steps[0], ppdd.MINI, "tiny"
     with tempfile.TemporaryDirectory() as folder:
-        paths = [f"{folder}/{name}.safetensors" for name in ("weights", "tiny")]
-        if config.size == "mini":
-            paths = [ppdd.MINI, "tiny"]
-        else:
-            nets = zip(OFFICIAL, (base.unet, base.vae, base.text))
-            ppdd.save_tensors(paths[0], {prefix + name: tensor.half() for prefix, net in nets
-                                         for name, tensor in net.state_dict().items()})
-            ppdd.save_guide(Path(paths[1]), tiny, tiny.guide_config, {})
-        dtype = {kind: name for name, kind in DTYPES.items()}[dtype_of(config)]
-        flags = {"prompt": SPEED_PROMPT, "weights": paths[0], "guide": paths[1], "steps": steps,
-                 "g": SPEED_G, "size": 8 * config.side[0], "device": config.device, "dtype": dtype}
+        if config.size != "mini":
+            weights, guide = (Path(folder, f"{name}.safetensors") for name in ("weights", "tiny"))
+            ppdd.save_tensors(weights, official_tensors(base))
+            ppdd.save_guide(guide, tiny, tiny.guide_config, {})
+        flags = {"prompt": SPEED_PROMPT, "weights": weights, "guide": guide, "steps": steps,
+                 "g": SPEED_G, "size": 8 * config.side[0], "device": config.device,
+                 "dtype": config.dtype}
         words = [str(word) for k, v in flags.items() for word in (f"--{k}", v)]
         script = str(Path(__file__).with_name("sample.py"))
 
         def fresh(*command: str) -> None:
             done = subprocess.run([sys.executable, *command], cwd=folder, text=True,
                                   capture_output=True)
-            refuse((done.returncode, f"a fresh Python failed: {done.stderr.strip()[-1000:]}"))
+            said = done.stderr.strip().splitlines() or ["it said nothing"]
+            refuse((done.returncode, f"a fresh Python failed ({done.returncode}): {said[-1]}"))
 
         told = race({"import torch, fresh Python": lambda: fresh("-c", "import torch"),
                      f"sample.py, {steps} steps, from start to end": lambda: fresh(script, *words)},
-                    replace(config, rounds=twice, device="cpu", compile=False), 0)
+                    replace(config, rounds=min(config.rounds, 2), device="cpu", compile=False), 0)
     return {name: entry | {"GiB": None} for name, entry in told.items()}
+
+
+def official_tensors(base: Base) -> dict[str, Tensor]:
+    """The base's weights in fp16 under the names of the official single file."""
+    nets = zip(OFFICIAL, (base.unet, base.vae, base.text))
+    return {prefix + name: tensor.half() for prefix, net in nets
+            for name, tensor in net.state_dict().items()}
 
 
 def with_the_same_weights(modules: dict[str, nn.Module]) -> dict[str, nn.Module]:
@@ -2431,11 +2435,12 @@ def speed_protocol(config: SpeedConfig) -> dict:
         "milliseconds": f"median and quartiles of {config.rounds} rounds in which everything takes "
                         "turns (of up to ten calls, as go into a second), after 3 that warm up; on "
                         "a CPU of 2 where it would be long, and after 1 or none; of a fresh Python "
-                        "of 2, after none; ratios are medians of each round's own",
+                        "2 at most, after none; ratios are medians of each round's own",
         "a step": f"the time of a run of {run_length(config)} steps of ppdd.sample, divided by "
                   f"{run_length(config)}",
-        "sample.py": "a process of its own that paints one picture with a tiny guide, weights in "
-                     "one fp16 file that was just written; the miniature's are the bundled ones",
+        "sample.py": "a process of its own, never compiled, that paints one picture with a tiny "
+                     "guide, weights in one fp16 file that was just written; the miniature's are "
+                     "the bundled ones",
         "a picture": "text encoder, sampling, VAE; diffusers': StableDiffusionPipeline, DDIM",
         "memory": "peak resident size of the process, with all networks of this command in it" if
                   cpu else "peak allocated on the GPU, with all networks of this command on it",

@@ -118,8 +118,9 @@ class Config:
     compile: bool = option(False, "torch.compile the base; needs a C++ compiler on a CPU")
     out: str = option("guides", "finished guides go to OUT/BASE")
     run: str = option("", "folder of checkpoint, log and pictures; default runs/BASE/GUIDE")
-    init: str = option("", "start stage one's guide from this file and skip stage one")
-    further: bool = option(False, "with --init: train stage one further instead of skipping it")
+    init: str = option("", "begin with this guide and skip stage one")
+    further: bool = option(False, "with --init: train stage one on, with a schedule and updates of "
+                                  "its own")
     resume: bool = option(False, "go on where the run in this folder stopped")
     save_every: int = option(500, "updates between checkpoints")
     keep: int = option(2, "how many checkpoints to keep")
@@ -762,6 +763,7 @@ class Run:
         self.empty = base.embed([config.uncond]).float()
         self.base_hash = ppdd.fingerprint(base.path, base.loras)
         self.stages, self.stage, self.update = stages(config), 0, 0
+        self.origin: dict[str, str | int] = {}                   # what --init says of itself
         self.stopped, self.stopping = 0, False                   # a signal here; one to any process
         slots = torch.arange(config.batch)[rank()::world()]
         self.parts = [slots[k::config.accumulate] for k in range(config.accumulate)
@@ -772,11 +774,16 @@ class Run:
         self.begin_stage()
 
     def start_from(self, path: Path) -> None:
-        """Takes a finished stage-one guide: to train it further, or on to the first halving."""
-        made, _ = ppdd.read_about(path)
+        """Takes a finished guide: one of stage one to train it on, or any to halve it."""
+        made, about = ppdd.read_about(path)
         if made != self.guide_config:
             raise BadInput(f"--init {path} is a guide of other settings ({made}): give the "
                            "--guide, --pool and --form that it was trained with")
+        if self.config.further and about.get("steps"):
+            raise BadInput(f"--init {path} was halved to {about['steps']} steps: --further takes a "
+                           "guide of stage one; leave it out to halve this one")
+        self.origin = {"sha256": ppdd.fingerprint(path), "steps": about.get("steps", 0),
+                       "updates": about.get("updates", 0)}
         guide = ppdd.load_guide(path, self.base.unet.config).state_dict()
         for _, module in self.modules():
             module.load_state_dict(guide)
@@ -795,8 +802,13 @@ class Run:
 
     # -- one update
 
+    def before(self, stage: int) -> int:
+        """Updates of this stage that the guide had when --further began."""
+        return 0 if stage else int(self.origin.get("updates", 0))
+
     def generator(self, stage: int, update: int) -> torch.Generator:
         """Of everything that chance decides in one update."""
+        update += self.before(stage)
         seed = ((self.config.seed * 31 + stage) * 1_000_003 + update) % 2**63
         return torch.Generator().manual_seed(seed)
 
@@ -1039,8 +1051,8 @@ class Run:
         path = Path(self.config.out) / self.base.name / f"{name}.safetensors"
         about = {"base": self.base.name, "base_hash": self.base_hash,
                  "stage": self.stage, "steps": stage.steps, "g_range": [low, high],
-                 "uncond": self.config.uncond, "updates": self.update, "seed": self.config.seed,
-                 "settings": asdict(self.config)}
+                 "uncond": self.config.uncond, "updates": self.before(self.stage) + self.update,
+                 "seed": self.config.seed, "settings": asdict(self.config), "init": self.origin}
         ppdd.save_guide(path, self.guide, self.guide_config, about)
         sync(path)
         tqdm.write(f"saved {path}")
@@ -1066,7 +1078,7 @@ class Run:
             tensors |= {name + k: v for k, v in module.state_dict().items()}
         state = {"stage": self.stage, "update": self.update, "recent": self.recent,
                  "base_hash": self.base_hash, "config": asdict(self.config),
-                 "data": self.data.identity}
+                 "data": self.data.identity, "origin": self.origin}
         path = self.folder / self.state_name()
         ppdd.save_tensors(path, tensors | ppdd.optimizer_tensors(self.optimizer),
                           {"state": json.dumps(state)})
@@ -1092,6 +1104,7 @@ class Run:
                            "begin anew without --resume")
         self.refuse_other_settings(state)
         self.stage, self.update = state["stage"], state["update"]
+        self.origin = state.get("origin", {})
         self.recent = [tuple(entry) for entry in state["recent"]]
         self.walk = {k.removeprefix("walk."): v.to(self.device) for k, v in tensors.items()
                      if k.startswith("walk.")}

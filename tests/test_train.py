@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import asdict, replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -137,17 +138,32 @@ def test_a_resume_refuses_other_postcards(base, here, capsys):
 def test_stage_one_goes_further_from_a_guide(base, here, capsys):
     run(base, "--end-steps", "64", updates=2)
     before, argv = guides(here)["tiny"], ("--init", "guides/toy/tiny.safetensors", "--further")
-    begun = train.prepare(train.parse(["--weights", str(base), "--pictures", "40", *argv]))
-    begun.held.close()
+    begun = train.prepare(train.parse(["--weights", str(base), "--pictures", "40", "--device",
+                                       "cpu", *argv]))
     weights = begun.guide.state_dict()
     assert begun.stage == begun.update == 0
     assert all(torch.equal(tensor, before[name].float()) for name, tensor in weights.items())
-    run(base, "--end-steps", "64", *argv, updates=2)
-    after = guides(here)["tiny"]
-    assert any(not torch.equal(after[name], before[name]) for name in before)
-    with pytest.raises(SystemExit) as stopped:
-        run(base, "--further")
-    assert stopped.value.code == 2 and "--init" in capsys.readouterr().err
+    first, sha256 = begun.generator(0, 0).initial_seed(), ppdd.fingerprint(Path(argv[1]))
+    begun.save()                                          # what it began with outlives a kill
+    begun.held.close()
+    again = train.prepare(train.parse(["--weights", str(base), "--pictures", "40", "--device",
+                                       "cpu", "--resume"]))
+    again.held.close()
+    states(here)[-1].unlink()
+    assert again.origin == begun.origin == {"sha256": sha256, "steps": 0, "updates": 2}
+    assert first == again.generator(0, 0).initial_seed()
+    begun.origin = {}
+    assert first == begun.generator(0, 2).initial_seed() != begun.generator(0, 0).initial_seed()
+    run(base, "--end-steps", "32", *argv, updates=3)      # draws go on after the first two
+    _, about = ppdd.read_about(Path("guides/toy/tiny.safetensors"))
+    assert about["updates"] == 5 and about["init"]["sha256"] == sha256
+    _, about = ppdd.read_about(Path("guides/toy/tiny-32.safetensors"))
+    assert about["updates"] == 3
+    for flags, said in ((["--further"], "--init"), (
+            ["--further", "--init", "guides/toy/tiny-32.safetensors"], "halved to 32 steps")):
+        with pytest.raises(SystemExit) as stopped:
+            run(base, *flags)
+        assert stopped.value.code == 2 and said in capsys.readouterr().err
 
 
 def test_a_tilde_is_the_home_folder_in_every_place(base, here, monkeypatch):
