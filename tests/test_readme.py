@@ -54,7 +54,7 @@ def table1_lines():
 
 def tried_lines():
     """What was tried, of results/tuning.json: the rows that are judged by their pictures."""
-    for row in results("tuning"):
+    for row in sorted(results("tuning"), key=lambda row: row.get("steps") != 16):
         if "right" in row:
             right = (f"{100 * row['right'][g]['all']:.1f}" for g in ("g = 2", "g = 8"))
             yield f"| {tried(row['settings'])} | {row['steps']} | {' | '.join(right)} |"
