@@ -128,8 +128,8 @@ class Config:
 
 
 # Optimiser, then learning rate and updates of stage one and of each halving, by size of base and
-# kind of guide. The miniature's made the bundled guides, the tiny ones with --loss root-snr; SD's
-# are starting points, not tried.
+# kind of guide. The miniature's made the bundled guides, as the README's "Results" says; SD's are
+# starting points, not tried.
 LENGTHS = {
     ("mini", "tiny"): ("adamw", 5e-3, 6000, 1e-3, 500),
     ("mini", "full"): ("muon", 6e-3, 9000, 1.5e-3, 500),
