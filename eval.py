@@ -2373,12 +2373,12 @@ def operators(call: Callable, device: str) -> dict[str, float]:
 
 
 def machine_rates(config: SpeedConfig) -> dict[str, float]:
-    """The fastest of five rounds of products of square matrices, and of copies, in this dtype."""
+    """The fastest round of products of square matrices, and of copies, in this dtype."""
     n = 8192 if config.device != "cpu" else 2048 if config.size == "sd15" else 1024
     a, b = torch.randn(2, n, n, device=config.device).to(dtype_of(config))
     big, other = torch.zeros(2, 2**26 if config.size == "sd15" else 2**23, device=config.device)
     told = race({"matrix": lambda: a @ b, "copy": lambda: big.copy_(other)},
-                replace(config, rounds=5))
+                replace(config, rounds=1 if config.quick else 5))
     fastest = {name: min(entry["rounds"]) / 1000 for name, entry in told.items()}
     return {"matrix, TFLOP/s": round(2 * n**3 / fastest["matrix"] / 1e12, 4),
             "copy, GB/s, read and written": round(2 * big.nbytes / fastest["copy"] / 1e9, 2)}

@@ -818,7 +818,8 @@ def test_the_method_needs_no_other_library():
 # ------------------------------------------------------------------------------- packed weights
 
 
-@pytest.mark.parametrize("dtype, off", [(torch.float32, 1e-5), (torch.bfloat16, 0.1)])
+@torch.no_grad()
+@pytest.mark.parametrize("dtype, off", [(torch.float32, 1e-5), (torch.bfloat16, 0.05)])
 def test_packed_networks_compute_the_same_at_any_size_and_batch(dtype, off):
     plain, packed = (ppdd.load_base(ppdd.MINI, dtype) for _ in range(2))
     file = ppdd.MINI.parent / "guides" / "full.safetensors"
@@ -828,7 +829,9 @@ def test_packed_networks_compute_the_same_at_any_size_and_batch(dtype, off):
     c = plain.embed(["a red boat", "a green tree"])
     for seeds, sides in ((1, (8, 8)), (2, (8, 8)), (2, (16, 8)), (1, (8, 8))):
         z = ppdd.noise(range(seeds), (4, *sides))
-        pictures = [ppdd.sample(base.unet, z, c[:seeds], 4.0, 2, guide)
+        t = torch.tensor([600] * seeds)
+        g = torch.full((seeds,), 4.0)
+        pictures = [guided(base.unet, guide, z.to(dtype), t, c[:seeds], g).float()
                     for base, guide in zip((plain, packed), guides)]
         pictures += [base.vae.decode(z.to(dtype)).float() for base in (plain, packed)]
         for a, b in zip(pictures[::2], pictures[1::2]):
