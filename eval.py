@@ -2071,12 +2071,14 @@ def speed(config: SpeedConfig) -> None:
     """`speed`: what a step, a picture and an update take, beside CFG, a peer and the limit."""
     base, guides = random_base(config)
     pipe = build_peer(base) if config.peer else None
-    starts = fresh_processes(config, base, guides["tiny"])     # before the weights are packed
+    short = config.quick and config.size != "mini"
+    starts = {} if short else fresh_processes(config, base, guides["tiny"])     # before packing
     trained = with_the_same_weights({"base": base.unet} | guides)
     if not config.compile:                       # as sample.py does
         ppdd.pack(base.unet, base.vae, *guides.values())
     checked = check_peer(config, base, pipe) if pipe else {}
-    limit, profiles, left_out = machine_rates(config), [], []
+    limit, profiles = machine_rates(config), []
+    left_out = ["sample.py in a process of its own: --quick has no time for it"] * short
     rows = [speed_row(name, config.side[0], 1, told, {}, limit) for name, told in starts.items()]
     step = compile_networks(base, pipe) if config.compile else ppdd.predict
     for side in config.side:
