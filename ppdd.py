@@ -624,8 +624,9 @@ def _read_metadata(path: str | Path) -> tuple[GuideConfig, dict, UNetConfig | No
         config = read_config(GuideConfig, metadata["guide"], path)
         about = json.loads(metadata["about"])
         low, high = about.get("g_range") or (0, 1)
-        if not (0 <= (about.get("steps") or 0) <= TIMESTEPS and math.isfinite(high - low)):
-            raise ValueError("steps or g_range")
+        if not (0 <= (about.get("steps") or 0) <= TIMESTEPS and math.isfinite(high - low)
+                and isinstance(about.get("updates", 0), int)):
+            raise ValueError("steps, g_range or updates")
         shape = metadata.get("unet_config")
         return config, about, None if shape is None else read_config(UNetConfig, shape, path)
     except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:

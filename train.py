@@ -763,7 +763,7 @@ class Run:
         self.empty = base.embed([config.uncond]).float()
         self.base_hash = ppdd.fingerprint(base.path, base.loras)
         self.stages, self.stage, self.update = stages(config), 0, 0
-        self.origin: dict[str, str | int] = {}                   # what --init says of itself
+        self.origin: dict = {}                                   # what --init says of itself
         self.stopped, self.stopping = 0, False                   # a signal here; one to any process
         slots = torch.arange(config.batch)[rank()::world()]
         self.parts = [slots[k::config.accumulate] for k in range(config.accumulate)
@@ -804,7 +804,7 @@ class Run:
 
     def before(self, stage: int) -> int:
         """Updates of this stage that the guide had when --further began."""
-        return 0 if stage else int(self.origin.get("updates", 0))
+        return 0 if stage else self.origin.get("updates", 0)
 
     def generator(self, stage: int, update: int) -> torch.Generator:
         """Of everything that chance decides in one update."""
