@@ -2017,8 +2017,6 @@ def draw_curves(axes, rows: list[dict], score: str, g: str) -> None:
 SPEED_G = 8.0
 SPEED_PROMPT = "a lighthouse on a cliff at sunset, oil painting"
 PEER = "diffusers: "            # before the name of what it does as well
-OFFICIAL = ("model.diffusion_model.", "first_stage_model.",      # of UNet, VAE and text encoder
-            "cond_stage_model.transformer.text_model.")
 COMPILE = {"cuda": {"mode": "max-autotune"}}        # which makes CUDA graphs, as sample.py does
 PROFILED = ("UNet pass", PEER + "UNet pass", "CFG step", "tiny step", "tiny stage-one update",
             "tiny stage-one update, naive")
@@ -2134,16 +2132,12 @@ def random_base(config: SpeedConfig) -> tuple[Base, dict[str, nn.Module]]:
 
 
 def fresh_processes(config: SpeedConfig, base: Base, tiny: nn.Module) -> dict[str, dict]:
-    """What a fresh Python takes to import torch, and `sample.py` from its start to its end.
-
-    The weights lie in one fp16 file in the official layout; the miniature's are the bundled ones.
-    """
-    steps, weights, guide = config.steps[0], ppdd.MINI, "tiny"
+    """What a fresh Python takes to import torch, and `sample.py` from its start to its end."""
+    steps = config.steps[0]
     with tempfile.TemporaryDirectory() as folder:
-        if config.size != "mini":
-            weights, guide = (Path(folder, f"{name}.safetensors") for name in ("weights", "tiny"))
-            ppdd.save_tensors(weights, official_tensors(base))
-            ppdd.save_guide(guide, tiny, tiny.guide_config, {})
+        weights, guide = (Path(folder, f"{name}.safetensors") for name in ("weights", "tiny"))
+        ppdd.save_base(weights, base.unet, base.vae, base.text)
+        ppdd.save_guide(guide, tiny, tiny.guide_config, {})
         flags = {"prompt": SPEED_PROMPT, "weights": weights, "guide": guide, "steps": steps,
                  "g": SPEED_G, "size": 8 * config.side[0], "device": config.device,
                  "dtype": config.dtype}
@@ -2160,13 +2154,6 @@ def fresh_processes(config: SpeedConfig, base: Base, tiny: nn.Module) -> dict[st
                      f"sample.py, {steps} steps, from start to end": lambda: fresh(script, *words)},
                     replace(config, rounds=min(config.rounds, 2), device="cpu", compile=False), 0)
     return {name: entry | {"GiB": None} for name, entry in told.items()}
-
-
-def official_tensors(base: Base) -> dict[str, Tensor]:
-    """The base's weights in fp16 under the names of the official single file."""
-    nets = zip(OFFICIAL, (base.unet, base.vae, base.text))
-    return {prefix + name: tensor.half() for prefix, net in nets
-            for name, tensor in net.state_dict().items()}
 
 
 def with_the_same_weights(modules: dict[str, nn.Module]) -> dict[str, nn.Module]:
@@ -2441,8 +2428,7 @@ def speed_protocol(config: SpeedConfig) -> dict:
         "a step": f"the time of a run of {run_length(config)} steps of ppdd.sample, divided by "
                   f"{run_length(config)}",
         "sample.py": "a process of its own, never compiled, that paints one picture with a tiny "
-                     "guide, weights in one fp16 file that was just written; the miniature's are "
-                     "the bundled ones",
+                     "guide, weights in one fp16 file that was just written",
         "a picture": "text encoder, sampling, VAE; diffusers': StableDiffusionPipeline, DDIM",
         "memory": "peak resident size of the process, with all networks of this command in it" if
                   cpu else "peak allocated on the GPU, with all networks of this command on it",

@@ -33,7 +33,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from clip_text import PART as TEXT_PART
 from clip_text import TextEncoder, Tokenizer, embed, load_text_encoder
+from unet import PART as UNET_PART
 from unet import (
     CheckpointError,
     Encoder,
@@ -50,6 +52,7 @@ from unet import (
     read_config,
     read_file,
 )
+from vae import PART as VAE_PART
 from vae import VAE, load_vae
 
 TIMESTEPS = 1000
@@ -597,6 +600,17 @@ def build_guide(base: UNetConfig, config: GuideConfig) -> nn.Module:
     if config.kind not in kinds:
         raise CheckpointError(f"guide kind {config.kind!r} is unknown: use tiny or full")
     return kinds[config.kind](base, config)
+
+
+def save_base(path: str | Path, unet: UNet, vae: VAE, text: TextEncoder, **metadata: str) -> None:
+    """One fp16 file in the official single-file layout, the networks' sizes in its metadata."""
+    tensors: dict[str, Tensor] = {}
+    for net, part, inner in (
+            (unet, UNET_PART, ""), (vae, VAE_PART, ""), (text, TEXT_PART, "text_model.")):
+        prefix = part.prefixes[0] + inner
+        tensors |= {prefix + k: v.half() for k, v in net.state_dict().items()}
+        metadata[part.config] = json.dumps(asdict(net.config))
+    save_tensors(path, tensors, metadata)
 
 
 def save_guide(path: Path, guide: nn.Module, config: GuideConfig, about: dict) -> None:

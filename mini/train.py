@@ -47,6 +47,7 @@ from ppdd import (  # noqa: E402
     load_optimizer,
     optimizer_tensors,
     quick_attention,
+    save_base,
     save_tensors,
 )
 from unet import UNet, UNetConfig  # noqa: E402
@@ -415,21 +416,7 @@ def train_unet(config: Config, unet: UNet, name: str, moments: Tensor, attribute
     return fit(config, name, unet, loss, updates, lr, warmup)
 
 
-# ------------------------------------------------------------------ packing
-
-def with_prefix(module: nn.Module, prefix: str) -> dict[str, Tensor]:
-    return {prefix + k: v.half() for k, v in module.state_dict().items()}
-
-
-def pack(config: Config, file: str, unet: UNet, vae: VAE, encoder: TextEncoder) -> None:
-    """One single-file checkpoint in the official layout."""
-    metadata = {"unet_config": json.dumps(asdict(unet.config)),
-                "vae_config": json.dumps(asdict(vae.config)),
-                "text_config": json.dumps(asdict(encoder.config)), "title": "postcards"}
-    tensors = (with_prefix(unet, "model.diffusion_model.") | with_prefix(vae, "first_stage_model.")
-               | with_prefix(encoder, "cond_stage_model.transformer.text_model."))
-    save_tensors(Path(config.out) / file, tensors, metadata)
-
+# ------------------------------------------------------------------ the whole
 
 def scaled(vae: VAE, moments: Tensor) -> VAE:
     """The same autoencoder with the scale factor that brings its latents to unit variance."""
@@ -455,7 +442,8 @@ def train_styles(config: Config) -> None:
         tuned = copy.deepcopy(base.unet)
         train_unet(config, tuned, style, moments, attributes, captions, base.vae,
                    config.style_updates, lr=3e-4, warmup=50)
-        pack(config, f"styles/{style}.safetensors", tuned, base.vae, base.text)
+        save_base(Path(config.out) / f"styles/{style}.safetensors", tuned, base.vae, base.text,
+                  title="postcards")
 
 
 def run(config: Config) -> None:
@@ -496,7 +484,7 @@ def stage_by_stage(config: Config, out: Path) -> Iterator[str]:
     unet = UNet(UNET_CONFIG).to(config.device)
     train_unet(config, unet, "unet", moments, data["postcard.attributes"], captions, vae,
                config.unet_updates, lr=1e-3)
-    pack(config, "mini.safetensors", unet, vae, encoder)
+    save_base(Path(config.out) / "mini.safetensors", unet, vae, encoder, title="postcards")
     yield "unet"
     train_styles(config)
     yield "styles"
