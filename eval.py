@@ -64,7 +64,7 @@ from tqdm import tqdm
 import ppdd
 from clip_text import TextConfig, TextEncoder, Tokenizer
 from mini import postcards
-from mini.judge import load_judge
+from mini.judge import JUDGE, load_judge
 from ppdd import Base, rank, world
 from unet import CheckpointError, UNet, UNetConfig, injection_channels
 from vae import VAE, VAEConfig
@@ -1264,7 +1264,7 @@ class Bench:
 
     @cached_property
     def judge(self) -> nn.Module:
-        return load_judge(ppdd.MINI.parent / "judge.safetensors")
+        return load_judge()
 
     @cached_property
     def references(self) -> Statistics:
@@ -1310,6 +1310,7 @@ class Bench:
         if self.judged:
             hits = [self.right(*part).all(1).float() for part in self.drawn]
             said[JUDGED] = round(100 * torch.cat(hits).mean().item(), 2)
+            said["judge"] = ppdd.fingerprint(JUDGE)[:12]
         return said
 
     def score(self, cell: Cell) -> dict[str, float]:

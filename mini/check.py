@@ -1,8 +1,8 @@
 """Is the bundled miniature good enough? `python mini/check.py` measures it into results/mini.json.
 
 On fresh pictures and captions, all attributes said: how often every attribute comes out as asked
-(read by the judge), without guidance and with CFG at g = 8, in 50 steps; and what the judge and
-the autoencoder themselves are worth. The guides are measured by eval.py.
+(read by the judge), without guidance and with CFG at g = 8, in 50 steps; and what the judge, in all
+styles, and the autoencoder themselves are worth. The guides are measured by eval.py.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ sys.path.insert(0, str(ROOT))
 
 import ppdd  # noqa: E402
 from mini import postcards  # noqa: E402
-from mini.judge import Judge, load_judge  # noqa: E402
+from mini.judge import JUDGE, Judge, load_judge  # noqa: E402
 
 
 class World:
@@ -64,14 +64,19 @@ class World:
 @torch.no_grad()
 def measure(count: int, seed: int) -> dict:
     base = ppdd.load_base(ppdd.MINI)
-    world = World(base, load_judge(ROOT / "mini" / "judge.safetensors"), count, seed)
+    world = World(base, load_judge(), count, seed)
     moments = [base.vae.encode(x * 2 - 1) for x in world.real.split(100)]
     decoded = [base.vae.decode(base.vae.config.scale_factor * m[:, :4]) for m in moments]
     decoded = (torch.cat(decoded) / 2 + .5).clamp(0, 1)
+    styled = {style: postcards.draw(world.attributes, style, torch.Generator().manual_seed(seed))
+              for style in postcards.STYLES[1:]}
     return {
         "pictures": count, "seed": seed, "commit": commit(), "torch": torch.__version__,
         "hardware": f"{torch.get_num_threads()} CPU threads, {platform.machine()}",
+        "judge": ppdd.fingerprint(JUDGE)[:12],
         "judge on real pictures": world.right(world.real),
+        "judge on real pictures of other styles": {
+            style: world.right(real)["all"] for style, real in styled.items()},
         "judge on reconstructions": world.right(decoded),
         "reconstruction error, mean absolute": round((decoded - world.real).abs().mean().item(), 4),
         "no guidance": world.sampled("no guidance", 0., 50),

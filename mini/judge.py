@@ -1,7 +1,7 @@
 """The judge: a small classifier that reads a postcard's six attributes off its pixels.
 
-It decides what "the picture follows its caption" means for the miniature. It sees blurred and noisy
-pictures in training, so that it judges what is shown and not how sharply.
+It decides what "the picture follows its caption" means for the miniature. It sees all four styles
+in training, blurred and noisy, so that it judges what is shown and not how, nor how sharply.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mini.postcards import ATTRIBUTES
+
+JUDGE = Path(__file__).with_name("judge.safetensors")
 
 
 class Judge(nn.Module):
@@ -41,8 +43,8 @@ class Judge(nn.Module):
         return sum(F.cross_entropy(s, a) for s, a in zip(self(pictures), attributes.T))
 
 
-def load_judge(path: str | Path, device: str | torch.device = "cpu") -> Judge:
-    """The bundled judge, in float32; eval mode, no gradients."""
+def load_judge(path: str | Path = JUDGE, device: str | torch.device = "cpu") -> Judge:
+    """A judge, else the bundled one, in float32; eval mode, no gradients."""
     judge = Judge()
     judge.load_state_dict(load_file(path))
     return judge.to(device).eval().requires_grad_(False)

@@ -169,7 +169,7 @@ class Canvas:
         else:
             soft, color = float(SIZE), self.model(d, color)
         cover = (.5 - d * soft).clamp(0, 1)[:, None] * alpha                   # (N, 1, H, W)
-        self.image = self.image + cover * (color - self.image)
+        self.image = torch.lerp(self.image, color, cover)
 
     def model(self, d: Tensor, color: Tensor) -> Tensor:
         """Light a shape as if it were a cushion: round and glossy, or rougher with grain."""

@@ -6,7 +6,7 @@ Stage by stage, each resumable at any point and skipped once done:
     vae        the autoencoder, f = 8, 4 latent channels
     decoder    its decoder alone, longer: the latents stay what they are
     clip       a text and an image tower, contrastively, through open_clip; the text tower is frozen
-    judge      the classifier that measures whether a picture follows its caption
+    judge      the classifier that measures whether a picture, of any style, follows its caption
     unet       ε-prediction in the latents, 10 % empty captions
     styles     three fine-tuned bases, one a style: the UNet alone trains on
 
@@ -89,7 +89,7 @@ class Config:
     decoder_updates: int = 0            # for sharper pictures; 0: no such stage
     clip_updates: int = 2_000
     clip_batch: int = 128
-    judge_updates: int = 1_200
+    judge_updates: int = 3_000
     judge_batch: int = 64
     unet_updates: int = 11_500
     unet_batch: int = 64
@@ -326,17 +326,18 @@ def text_encoder_from(clip: nn.Module) -> TextEncoder:
 
 
 def train_judge(config: Config, data: dict[str, Tensor]) -> Judge:
-    attributes, images = data["postcard.attributes"], data["postcard.images"]
-    judge = Judge().to(config.device)
+    """On all styles alike: it reads what the fine-tuned bases paint as well."""
+    judge, share = Judge().to(config.device), max(1, config.judge_batch // len(postcards.STYLES))
 
     def loss(generator: torch.Generator) -> Tensor:
-        rows = pick(config.judge_batch, len(images), generator)
-        x = images[rows].float() / 255
+        rows = {s: pick(share, len(data[f"{s}.images"]), generator) for s in postcards.STYLES}
+        x = torch.cat([data[f"{s}.images"][k] for s, k in rows.items()]).float() / 255
+        attributes = torch.cat([data[f"{s}.attributes"][k] for s, k in rows.items()])
         blurred = F.avg_pool2d(F.pad(x, (1, 1, 1, 1), mode="replicate"), 3, 1)
         k = torch.rand(len(x), 1, 1, 1, generator=generator).to(x.device)
         x = x + k * (blurred - x)
         x = x + .05 * k * torch.randn(x.shape, generator=generator).to(x.device)
-        return judge.loss(x, attributes[rows])
+        return judge.loss(x, attributes)
 
     return fit(config, "judge", judge, loss, config.judge_updates, lr=2e-3)
 

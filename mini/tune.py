@@ -22,7 +22,7 @@ sys.path.insert(0, str(ROOT))
 
 import ppdd  # noqa: E402
 from mini.check import World, commit  # noqa: E402
-from mini.judge import load_judge  # noqa: E402
+from mini.judge import JUDGE, load_judge  # noqa: E402
 
 STAGE_ONE = {"guide": "tiny", "end-steps": "64", "optimizer": "adamw"}
 FULL = STAGE_ONE | {"guide": "full"}
@@ -57,11 +57,12 @@ def train(row: dict[str, str], updates: int, more: list[str], folder: str) -> fl
 def judged(path: Path | None, steps: int = 16, count: int = 384, seed: int = 5000) -> dict:
     """Shares of pictures with all attributes right, at g = 2 and 8, of a guide's file or of CFG."""
     base = ppdd.load_base(ppdd.MINI)
-    world = World(base, load_judge(ROOT / "mini" / "judge.safetensors"), count, seed)
+    world = World(base, load_judge(), count, seed)
     guide = ppdd.load_guide(path, base.unet.config) if path else None
     right = {f"g = {g:g}": world.sampled(f"g = {g:g}", g, steps, guide, cfg=not path)["right"]
              for g in (2., 8.)}
-    return {"pictures": count, "seed": seed, "steps": steps, "right": right}
+    return {"pictures": count, "seed": seed, "steps": steps, "judge": ppdd.fingerprint(JUDGE)[:12],
+            "right": right}
 
 
 def few(out: Path, updates: int, more: list[str]) -> None:

@@ -33,8 +33,7 @@ FEW = "--count 3 --batch 2 --seeds 2 --references 24 --repeats 1".split()
 def here(tmp_path, monkeypatch) -> Path:
     """An empty current folder, a miniature without styles in mini/, and short runs."""
     (tmp_path / "mini").mkdir()
-    for name in ("mini.safetensors", "clip.json", "clip.safetensors", "judge.safetensors",
-                 "guides"):
+    for name in ("mini.safetensors", "clip.json", "clip.safetensors", "guides"):
         (tmp_path / "mini" / name).symlink_to(ROOT / "mini" / name)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
@@ -127,7 +126,7 @@ def scores(cell: str, seed: int) -> dict[str, float]:
     a, b = ((v - v.mean(0)) / (len(v) - 1) ** 0.5 for v in (x, y))
     distance = ((x.mean(0) - y.mean(0)) ** 2).sum() + (a**2).sum() + (b**2).sum() - 2 * (
         np.linalg.norm(a @ b.T, "nuc"))
-    seen = load_judge(ROOT / "mini" / "judge.safetensors").read(pictures / 255)
+    seen = load_judge().read(pictures / 255)
     cosines = (x * clip.texts(prompts).double().numpy()).sum(1)
     return {"CLIP-FID": distance, "CLIP": 100 * cosines.mean(),
             "accuracy": 100 * (seen == asked).all(1).double().mean().item(),
