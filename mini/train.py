@@ -11,15 +11,18 @@ Stage by stage, each resumable at any point and skipped once done:
     styles     three fine-tuned bases, one a style: the UNet alone trains on
 
 Then one file in the official single-file layout is packed, fp16, with the configurations in its
-metadata, and the logs' figures beside it in training.json. `python mini/check.py` then measures
-whether the miniature is good enough. Every update draws from a generator of its own (seed, stage,
-update), so a resumed run continues exactly. Shapes as in unet.py, vae.py and clip_text.py.
+metadata, and the logs' figures beside it in training.json: in WORK/made, for the bundled miniature
+is what the bundled guides were trained for. `python mini/check.py` measures whether it is good
+enough. Every update draws from a generator of its own (seed, stage, update), so a resumed run
+continues exactly; files in WORK are named after what they were made from, so nothing stale is
+taken up. Shapes as in unet.py, vae.py and clip_text.py.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import hashlib
 import json
 import math
 import platform
@@ -31,6 +34,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -42,6 +46,7 @@ from clip_text import TextConfig, TextEncoder, Tokenizer  # noqa: E402
 from mini import postcards  # noqa: E402
 from mini.judge import Judge  # noqa: E402
 from ppdd import (  # noqa: E402
+    MINI,
     add_noise,
     load_base,
     load_optimizer,
@@ -50,7 +55,7 @@ from ppdd import (  # noqa: E402
     save_base,
     save_tensors,
 )
-from unet import UNet, UNetConfig  # noqa: E402
+from unet import CheckpointError, UNet, UNetConfig  # noqa: E402
 from vae import VAE, VAEConfig  # noqa: E402
 
 VAE_CONFIG = VAEConfig(ch=16, ch_mult=(1, 2, 4, 6), num_res_blocks=1, norm_groups=8)
@@ -75,7 +80,7 @@ STAGES = ("pictures", "vae", "decoder", "clip", "judge", "unet", "styles")
 class Config:
     """Settings of a run; out/training.json says how the bundled miniature came about."""
 
-    out: str = "mini"                   # where the finished weights go
+    out: str = ""                       # where the finished weights go; WORK/made, styles to mini/
     work: str = "runs/mini"             # checkpoints and caches
     until: str = "styles"               # the last stage to run
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
@@ -102,33 +107,52 @@ class Config:
 
 # ------------------------------------------------------------------ one loop for all stages
 
+LOGS: dict[str, dict] = {}              # of this run's stages, by name
+
+
+def key(*parts: object) -> str:
+    """A short hash of what something was made from: modules by their weights, the rest as told."""
+    digest = hashlib.sha256()
+    for part in parts:
+        if isinstance(part, nn.Module):
+            for tensor in part.state_dict().values():
+                digest.update(tensor.cpu().contiguous().numpy())
+        else:
+            digest.update(repr(part).encode())
+    return digest.hexdigest()[:12]
+
+
 def fit(config: Config, name: str, module: nn.Module, loss: Callable[[torch.Generator], Tensor],
-        updates: int, lr: float, warmup: int = 200, final: float = .02) -> nn.Module:
+        updates: int, lr: float, made_from: tuple, warmup: int = 200, final: float = .02
+        ) -> nn.Module:
     """AdamW with warmup and cosine decay; the module ends with the average (EMA) of its weights.
 
-    loss(generator) is one batch's loss. A checkpoint lies in `work/NAME.safetensors`.
+    loss(generator) is one batch's loss. One file in `work`, named after the stage and what it is
+    `made_from`, holds the last checkpoint and its log.
     """
-    path = Path(config.work) / f"{name}.safetensors"
+    path = Path(config.work) / f"{name}-{key(config.seed, updates, lr, *made_from)}.safetensors"
     params = {k: p for k, p in module.named_parameters() if p.requires_grad}
     average = {k: p.detach().clone() for k, p in params.items()}
     optimizer = torch.optim.AdamW(params.values(), lr, betas=(.9, .99), weight_decay=.01,
                                   fused=True)
-    done, seconds, recent, curve = 0, 0., [], {}
+    done, seconds, recent, curve, kept = 0, 0., [], {}, {}
     if path.exists():
         tensors = load_file(path, config.device)
         module.load_state_dict({k[7:]: v for k, v in tensors.items() if k.startswith("module.")})
         average = {k: tensors[f"average.{k}"] for k in params}
         load_optimizer(optimizer, tensors)
-        log = json.loads((Path(config.work) / f"{name}.json").read_text())
-        done, seconds, curve = log["updates"], log["seconds"], log["curve"]
+        with safe_open(path, framework="pt") as opened:
+            kept = json.loads(opened.metadata()["log"])
+        done, seconds, curve = kept["updates"], kept["seconds"], kept["curve"]
+    on = kept["hardware"] if done == updates else hardware(config.device)
+
+    def log() -> dict:
+        return {"updates": done, "seconds": round(seconds, 1), "curve": curve, "hardware": on}
 
     def save() -> None:
         tensors = {f"module.{k}": v for k, v in module.state_dict().items()}
         tensors |= {f"average.{k}": v for k, v in average.items()}
-        save_tensors(path, tensors | optimizer_tensors(optimizer))
-        write_json(Path(config.work) / f"{name}.json",
-                   {"updates": done, "seconds": round(seconds, 1), "curve": curve,
-                    "hardware": hardware(config.device)})
+        save_tensors(path, tensors | optimizer_tensors(optimizer), {"log": json.dumps(log())})
 
     stage = sum(map(ord, name))
     start, saved = time.time() - seconds, time.time()
@@ -164,6 +188,7 @@ def fit(config: Config, name: str, module: nn.Module, loss: Callable[[torch.Gene
                 if time.time() - saved > config.save_every or done == updates:
                     save()
                     saved = time.time()
+    LOGS[name] = log()
     module.load_state_dict(average, strict=False)
     return module.eval().requires_grad_(False)
 
@@ -188,7 +213,7 @@ def pick(n: int, total: int, generator: torch.Generator) -> Tensor:
 
 def pictures(config: Config) -> dict[str, Tensor]:
     """{style}.attributes (N, 6) and {style}.images (N, 3, 64, 64) uint8, drawn once."""
-    path = Path(config.work) / "pictures.safetensors"
+    path = Path(config.work) / f"pictures-{key(drawn(config))}.safetensors"
     if not path.exists():
         tensors = {}
         for i, style in enumerate(postcards.STYLES):
@@ -202,6 +227,11 @@ def pictures(config: Config) -> dict[str, Tensor]:
     return load_file(path, config.device)
 
 
+def drawn(config: Config) -> tuple:
+    """What `pictures` are made from."""
+    return "pictures", config.seed, config.pictures
+
+
 def train_vae(config: Config, data: dict[str, Tensor], trained: VAE | None = None) -> VAE:
     """Absolute and squared error of pixels, absolute error of differences, a little KL.
 
@@ -209,6 +239,9 @@ def train_vae(config: Config, data: dict[str, Tensor], trained: VAE | None = Non
     """
     plain = data["postcard.images"]
     styled = torch.cat([data[f"{s}.images"] for s in postcards.STYLES[1:]])
+    if trained and not config.decoder_updates:
+        return trained
+    torch.manual_seed(config.seed)
     vae = trained or VAE(VAE_CONFIG).to(config.device, memory_format=torch.channels_last)
     if trained:
         vae.decoder.requires_grad_(True)
@@ -235,15 +268,17 @@ def train_vae(config: Config, data: dict[str, Tensor], trained: VAE | None = Non
         edges = error.diff(dim=2).abs().mean() + error.diff(dim=3).abs().mean()
         return error.abs().mean() + 4 * error.square().mean() + edges + 3e-4 * kl
 
+    made_from = drawn(config), config.vae_batch
     if trained:
-        return fit(config, "decoder", vae, loss, config.decoder_updates, lr=1e-3)
-    return fit(config, "vae", vae, loss, config.vae_updates, lr=1.5e-3)
+        return fit(config, "decoder", vae, loss, config.decoder_updates, 1e-3, (*made_from, vae))
+    return fit(config, "vae", vae, loss, config.vae_updates, 1.5e-3, made_from)
 
 
 def build_clip(config: Config) -> nn.Module:
     import open_clip  # only here: it brings torchvision
 
     text = CLIP_CONFIG["text_cfg"] | {"context_length": LONGEST}
+    torch.manual_seed(config.seed)
     return open_clip.CLIP(**CLIP_CONFIG | {"text_cfg": text}).to(config.device)
 
 
@@ -269,7 +304,8 @@ def train_clip(config: Config, data: dict[str, Tensor]) -> nn.Module:
         target = torch.arange(len(rows), device=x.device)
         return (F.cross_entropy(scores, target) + F.cross_entropy(scores.T, target)) / 2
 
-    return fit(config, "clip", clip, loss, config.clip_updates, lr=1e-3)
+    return fit(config, "clip", clip, loss, config.clip_updates, 1e-3,
+               (drawn(config), config.clip_batch))
 
 
 def fours(attributes: Tensor) -> Callable[[int, torch.Generator], Tensor]:
@@ -327,6 +363,7 @@ def text_encoder_from(clip: nn.Module) -> TextEncoder:
 
 def train_judge(config: Config, data: dict[str, Tensor]) -> Judge:
     """On all styles alike: it reads what the fine-tuned bases paint as well."""
+    torch.manual_seed(config.seed)
     judge, share = Judge().to(config.device), max(1, config.judge_batch // len(postcards.STYLES))
 
     def loss(generator: torch.Generator) -> Tensor:
@@ -339,13 +376,15 @@ def train_judge(config: Config, data: dict[str, Tensor]) -> Judge:
         x = x + .05 * k * torch.randn(x.shape, generator=generator).to(x.device)
         return judge.loss(x, attributes)
 
-    return fit(config, "judge", judge, loss, config.judge_updates, lr=2e-3)
+    return fit(config, "judge", judge, loss, config.judge_updates, 2e-3,
+               (drawn(config), config.judge_batch))
 
 
 @torch.no_grad()
-def latents(config: Config, vae: VAE, images: Tensor, name: str) -> Tensor:
-    """Moments (N, 8, 8, 8) of pictures, cached."""
-    path = Path(config.work) / f"moments-{name}.safetensors"
+def latents(config: Config, vae: VAE, images: Tensor, name: str, made_from: tuple) -> Tensor:
+    """Moments (N, 8, 8, 8) of pictures, cached. made_from: what the pictures were."""
+    made_from = (*made_from, vae.encoder, vae.quant_conv)
+    path = Path(config.work) / f"moments-{name}-{key(*made_from)}.safetensors"
     if not path.exists():
         parts = [vae.encode((x.float() / 127.5 - 1).contiguous(memory_format=torch.channels_last))
                  for x in tqdm(images.split(200), desc=f"moments, {name}")]
@@ -363,7 +402,8 @@ class Captions:
         self.each = math.ceil(config.captions / total)
         texts = [postcards.caption(self.split(k // self.each), rng)
                  for k in range(total * self.each)]
-        path, tokenizer = Path(config.work) / "captions.safetensors", Tokenizer()
+        self.key = key(config.seed, config.captions, encoder)
+        path, tokenizer = Path(config.work) / f"captions-{self.key}.safetensors", Tokenizer()
         if not path.exists():
             encoder = encoder.to(config.device)
             with torch.no_grad():
@@ -398,7 +438,8 @@ class Captions:
 
 
 def train_unet(config: Config, unet: UNet, name: str, moments: Tensor, attributes: Tensor,
-               captions: Captions, vae: VAE, updates: int, lr: float, warmup: int = 200) -> UNet:
+               captions: Captions, vae: VAE, updates: int, lr: float, made_from: tuple,
+               warmup: int = 200) -> UNet:
     """Eq. 1. Half of the timesteps lean to the noisy end, which decides the colours."""
     attributes = attributes.cpu()
     step = torch.compile(unet) if config.compile else unet
@@ -414,7 +455,8 @@ def train_unet(config: Config, unet: UNet, name: str, moments: Tensor, attribute
         return F.mse_loss(step(add_noise(x, eps[1], t), t, c).float(), eps[1])
 
     unet.train().requires_grad_(True)
-    return fit(config, name, unet, loss, updates, lr, warmup)
+    made_from = (*made_from, config.unet_batch, config.lies, captions.key, vae.encoder)
+    return fit(config, name, unet, loss, updates, lr, made_from, warmup)
 
 
 # ------------------------------------------------------------------ the whole
@@ -427,39 +469,40 @@ def scaled(vae: VAE, moments: Tensor) -> VAE:
     return vae
 
 
-def train_styles(config: Config) -> None:
-    """Three fine-tuned bases: the miniature's UNet alone trains on, a little, in each style.
+def train_styles(config: Config, base: Path, out: Path) -> None:
+    """Three fine-tuned bases: a miniature's UNet alone trains on, a little, in each style.
 
-    They go to `out/styles`, each a whole checkpoint. Minutes on a CPU, from the bundled miniature.
+    They go to `out/styles`, each a whole checkpoint. Minutes on a CPU.
     """
-    base = load_base(Path(config.out) / "mini.safetensors", device=config.device)
+    base = load_base(base, device=config.device)
     captions = Captions(config, base.text)
     for i, style in enumerate(postcards.STYLES[1:]):
         generator = torch.Generator().manual_seed(config.seed + 50 + i)
         attributes = postcards.sample_attributes(config.style_pictures, generator)
         images = torch.cat([(postcards.draw(part, style, generator) * 255).round().byte()
                             for part in attributes.split(500)]).to(config.device)
-        moments = latents(config, base.vae, images, style)
+        made_from = config.seed, config.style_pictures
+        moments = latents(config, base.vae, images, style, made_from)
         tuned = copy.deepcopy(base.unet)
         train_unet(config, tuned, style, moments, attributes, captions, base.vae,
-                   config.style_updates, lr=3e-4, warmup=50)
-        save_base(Path(config.out) / f"styles/{style}.safetensors", tuned, base.vae, base.text,
+                   config.style_updates, 3e-4, (*made_from, base.unet), warmup=50)
+        save_base(out / f"styles/{style}.safetensors", tuned, base.vae, base.text,
                   title="postcards")
 
 
 def run(config: Config) -> None:
     """Every stage up to `until`; what earlier runs left on disk is read, not made again."""
-    if config.until not in STAGES:
-        raise SystemExit(f"--until {config.until}: give one of {', '.join(STAGES)}")
-    out, work = Path(config.out), Path(config.work)
-    work.mkdir(parents=True, exist_ok=True)
+    Path(config.work).mkdir(parents=True, exist_ok=True)
     if config.styles_only:
-        return train_styles(config)
+        base = Path(config.out, "mini.safetensors") if config.out else MINI
+        return train_styles(config, base, base.parent)
+    out = Path(config.out or Path(config.work, "made"))
+    out.mkdir(parents=True, exist_ok=True)
+    LOGS.clear()
     for stage in stage_by_stage(config, out):
         if stage == config.until:
             break
-    logs = {file.stem: json.loads(file.read_text()) for file in sorted(work.glob("*.json"))}
-    write_json(out / "training.json", {"settings": asdict(config)} | logs)
+    write_json(out / "training.json", {"settings": asdict(config)} | LOGS)
 
 
 def stage_by_stage(config: Config, out: Path) -> Iterator[str]:
@@ -479,15 +522,16 @@ def stage_by_stage(config: Config, out: Path) -> Iterator[str]:
     judge = train_judge(config, data)
     save_tensors(out / "judge.safetensors", judge.state_dict())
     yield "judge"
-    encoder = text_encoder_from(clip)
-    moments = latents(config, vae, data["postcard.images"], "postcard")
+    encoder = text_encoder_from(clip).half().float()                           # as it is packed
+    moments = latents(config, vae, data["postcard.images"], "postcard", drawn(config))
     vae, captions = scaled(vae, moments), Captions(config, encoder)
+    torch.manual_seed(config.seed)
     unet = UNet(UNET_CONFIG).to(config.device)
     train_unet(config, unet, "unet", moments, data["postcard.attributes"], captions, vae,
-               config.unet_updates, lr=1e-3)
-    save_base(Path(config.out) / "mini.safetensors", unet, vae, encoder, title="postcards")
+               config.unet_updates, 1e-3, drawn(config))
+    save_base(out / "mini.safetensors", unet, vae, encoder, title="postcards")
     yield "unet"
-    train_styles(config)
+    train_styles(config, out / "mini.safetensors", out)
     yield "styles"
 
 
@@ -497,10 +541,16 @@ def parse(argv: list[str] | None = None) -> Config:
         flag, default = "--" + field.name.replace("_", "-"), field.default
         if isinstance(default, bool):
             parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=default)
+        elif field.name == "until":
+            parser.add_argument(flag, choices=STAGES, default=default)
         else:
             parser.add_argument(flag, type=type(default), default=default)
     return Config(**vars(parser.parse_args(argv)))
 
 
 if __name__ == "__main__":
-    run(parse())
+    try:
+        run(parse())
+    except (CheckpointError, OSError) as error:
+        print(f"mini/train.py: {error}", file=sys.stderr)
+        raise SystemExit(2) from None

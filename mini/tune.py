@@ -4,7 +4,8 @@ Each row is one short run of train.py on the miniature with one setting changed,
 of the correction that its last updates leave unexplained. With --remedies the rows change what a
 guide is trained on or for, and are judged by their pictures too: how many have every attribute as
 asked, at two values of g. With --few the bundled guides for 8 steps are halved on, to 4 and 2, and
-set beside what CFG and they themselves do in as few. Rows that are there already are kept.
+set beside what CFG and they themselves do in as few. Rows that are there already are kept, unless
+the judge or the guide that they begin with has changed.
 """
 
 from __future__ import annotations
@@ -21,8 +22,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import ppdd  # noqa: E402
-from mini.check import World, commit  # noqa: E402
-from mini.judge import JUDGE, load_judge  # noqa: E402
+from mini.judge import JUDGE, World, load_judge  # noqa: E402
 
 STAGE_ONE = {"guide": "tiny", "end-steps": "64", "optimizer": "adamw"}
 FULL = STAGE_ONE | {"guide": "full"}
@@ -61,30 +61,41 @@ def judged(path: Path | None, steps: int = 16, count: int = 384, seed: int = 500
     guide = ppdd.load_guide(path, base.unet.config) if path else None
     right = {f"g = {g:g}": world.sampled(f"g = {g:g}", g, steps, guide, cfg=not path)["right"]
              for g in (2., 8.)}
-    return {"pictures": count, "seed": seed, "steps": steps, "judge": ppdd.fingerprint(JUDGE)[:12],
+    return {"pictures": count, "seed": seed, "steps": steps, "judge": judge_hash(),
             "right": right}
 
 
 def few(out: Path, updates: int, more: list[str]) -> None:
-    """From 8 steps to 4 and 2, longer halvings than those before; and the same steps without."""
-    done = json.loads(out.read_text()) if out.exists() else []
+    """From 8 steps to 4 and 2; and the same steps without."""
     for steps in (4, 2):
-        if all(entry["settings"] != {"guide": "cfg", "steps": steps} for entry in done):
-            keep(out, {"settings": {"guide": "cfg", "steps": steps}, **judged(None, steps)})
+        settings = {"guide": "cfg", "steps": steps}
+        if lacking(out, settings, True):
+            keep(out, {"settings": settings, **judged(None, steps)})
     for kind in ("tiny", "full"):
         path = f"mini/guides/{kind}-8.safetensors"
         row = {"guide": kind, "init": path, "start-steps": "8", "end-steps": "2"}
         wanted = [row | {"updates": updates, "steps": steps, "sampled": name}
                   for steps in (4, 2) for name in ("made", "init")]
-        lacking = [s for s in wanted if all(entry["settings"] != s for entry in done)]
+        wanted = [settings for settings in wanted if lacking(out, settings, True)]
         with tempfile.TemporaryDirectory() as folder:
-            if any(settings["sampled"] == "made" for settings in lacking):
+            if any(settings["sampled"] == "made" for settings in wanted):
                 train(row, updates, more, folder)
-            for settings in lacking:
+            for settings in wanted:
                 steps = settings["steps"]
                 file = Path(folder) / "mini" / f"{kind}-{steps}.safetensors"
-                keep(out, {"settings": settings, **judged(
+                keep(out, {"settings": settings, "flags": more, **judged(
                     file if settings["sampled"] == "made" else ROOT / path, steps)})
+
+
+def bundled(out: Path) -> None:
+    """The bundled guides of stage one, which were trained longer than the remedies."""
+    for name in ("tiny", "tiny-gated"):
+        path = f"mini/guides/{name}.safetensors"
+        _, about = ppdd.read_about(ROOT / path)
+        row = {"guide": "tiny", "init": path, "sampled": "init", "updates": about["updates"]}
+        row |= {k: about["settings"][k] for k in ("form", "loss")}
+        if lacking(out, row, True):
+            keep(out, {"settings": row, **judged(ROOT / path)})
 
 
 def main() -> None:
@@ -99,30 +110,51 @@ def main() -> None:
     out = Path(options.out)
     if options.few:
         return few(out, options.updates, more)
+    if options.remedies:
+        bundled(out)
     rows = HALVING if options.halving else REMEDIES if options.remedies else ROWS
     for row in rows:
         settings = row | {"updates": options.updates}
-        done = json.loads(out.read_text()) if out.exists() else []
-        if all(not same(entry, settings, options.remedies) for entry in done):
+        if lacking(out, settings, options.remedies):
             with tempfile.TemporaryDirectory() as folder:
                 share = round(train(row, options.updates, more, folder), 4)
                 pictures = judged(Path(folder) / "mini" / "tiny.safetensors") \
                     if options.remedies else {}
-            keep(out, {"settings": settings, "unexplained": share, **pictures})
+            keep(out, {"settings": settings, "flags": more, "unexplained": share, **pictures})
+
+
+def lacking(out: Path, settings: dict, with_pictures: bool) -> bool:
+    """Whether the file has no such row, or one of another judge, or of another guide to begin with.
+    """
+    done = json.loads(out.read_text()) if out.exists() else []
+    now = start_of(settings) | ({"judge": judge_hash()} if with_pictures else {})
+    return not any(same(entry, settings, with_pictures) and
+                   all(entry.get(k) == v for k, v in now.items()) for entry in done)
 
 
 def same(entry: dict, settings: dict, with_pictures: bool) -> bool:
     return entry["settings"] == settings and ("pictures" in entry) == with_pictures
 
 
+def start_of(settings: dict) -> dict:
+    """The hash of the guide that a row begins with."""
+    init = settings.get("init")
+    return {"init SHA-256": ppdd.fingerprint(ROOT / init)[:12]} if init else {}
+
+
+def judge_hash() -> str:
+    return ppdd.fingerprint(JUDGE)[:12]
+
+
 def keep(out: Path, row: dict) -> None:
-    """Adds a row to the file, which another process may have changed meanwhile."""
-    row |= {"commit": commit(), "hardware": platform.machine()}
+    """Puts a row into the file, which another process may have changed meanwhile."""
+    row |= start_of(row["settings"]) | {"commit": ppdd.commit(), "hardware": platform.machine()}
     print(row, flush=True)
     done = json.loads(out.read_text()) if out.exists() else []
     out.parent.mkdir(exist_ok=True)
     temporary = out.with_suffix(".tmp")
-    temporary.write_text(json.dumps([*done, row], indent=1) + "\n")
+    kept = [entry for entry in done if not same(entry, row["settings"], "pictures" in row)]
+    temporary.write_text(json.dumps([*kept, row], indent=1) + "\n")
     temporary.replace(out)
 
 

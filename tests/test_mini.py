@@ -2,14 +2,14 @@
 
 import json
 import random
+import sys
 
 import pytest
 import torch
 
 import ppdd
 from mini import postcards, tune
-from mini.check import World
-from mini.judge import load_judge
+from mini.judge import World, load_judge
 
 GUIDES = ppdd.MINI.parent / "guides"
 
@@ -100,16 +100,30 @@ def test_the_miniature_is_small_and_carries_its_configuration():
         assert json.loads(opened.metadata()["text_config"])["vocab_size"] == 49408
 
 
-def test_each_row_of_the_few_steps_is_made_once(tmp_path, monkeypatch):
-    """Also where the rows before it were kept and the run then ended."""
-    trained, out = [], tmp_path / "tuning.json"
-    monkeypatch.setattr(tune, "train", lambda row, *rest: trained.append(row["guide"]))
-    monkeypatch.setattr(tune, "judged", lambda path, steps: {"judged": str(path)})
-    tune.few(out, 5, [])
-    rows = json.loads(out.read_text())
-    assert len(rows) == 10 and trained == ["tiny", "full"]
-    for at, again in ((3, []), (4, ["tiny"])):                 # a row of tiny-8 itself; of its heir
+def test_rows_are_made_once_and_again_where_what_they_rest_on_has_changed(tmp_path, monkeypatch):
+    """Also where the rows before one were kept and the run then ended."""
+    trained, out, seen = [], tmp_path / "tuning.json", ["one judge"]
+    monkeypatch.setattr(tune, "train", lambda row, *rest: trained.append(row["guide"]) or 0.5)
+    monkeypatch.setattr(tune, "judge_hash", lambda: seen[0])
+    monkeypatch.setattr(tune, "judged", lambda *_: {"pictures": 1, "judge": seen[0]})
+
+    def rows(*argv):
         trained.clear()
-        out.write_text(json.dumps(rows[:at] + rows[at + 1:]))
-        tune.few(out, 5, [])
-        assert len(json.loads(out.read_text())) == 10 and trained == again
+        monkeypatch.setattr(sys, "argv", ["tune.py", "--out", str(out), "--updates", "5", *argv])
+        tune.main()
+        return json.loads(out.read_text())
+
+    first = rows("--few")
+    assert len(first) == 10 and trained == ["tiny", "full"]
+    for at, again in ((3, []), (4, ["tiny"])):                 # a row of tiny-8 itself; of its heir
+        out.write_text(json.dumps(first[:at] + first[at + 1:]))
+        assert len(rows("--few")) == 10 and trained == again
+    seen[0] = "another"
+    assert len(rows("--few")) == 10 and trained == ["tiny", "full"]
+    assert {row["judge"] for row in rows("--few")} == {"another"} and not trained
+    assert len(rows("--halving")) == 14 and len(trained) == 4
+    assert len(rows("--halving")) == 14 and not trained
+    monkeypatch.setattr(ppdd, "fingerprint", lambda path: "other guides")
+    assert len(rows("--halving")) == 14 and len(trained) == 4
+    assert len(rows("--remedies")) == 14 + 2 + len(tune.REMEDIES) and len(trained) == len(
+        tune.REMEDIES)
