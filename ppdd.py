@@ -22,6 +22,7 @@ import hashlib
 import json
 import math
 import os
+import subprocess
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
@@ -470,14 +471,8 @@ class Base:
 
     @property
     def name(self) -> str:
-        """The file's or folder's name; the repository's for a snapshot in a Hugging Face cache.
-
-        The names of LoRAs that were merged follow, each after a +.
-        """
-        name = self.path.stem if self.path.is_file() else self.path.resolve().name
-        if self.path.parent.name == "snapshots":
-            name = self.path.parent.parent.name.split("--")[-1]
-        return "+".join([name, *(path.stem for path, _ in self.loras)])
+        """`base_name`, and the names of LoRAs that were merged, each after a +."""
+        return "+".join([base_name(self.path), *(path.stem for path, _ in self.loras)])
 
     def embed(self, texts: list[str]) -> Tensor:
         """Prompts to states (B, 77, D)."""
@@ -499,10 +494,20 @@ class Base:
         return torch.cat(pictures)
 
 
+def base_name(path: Path) -> str:
+    """The file's or folder's name; the repository's for a snapshot in a Hugging Face cache."""
+    if path.parent.name == "snapshots":
+        return path.parent.parent.name.split("--")[-1]
+    return path.stem if path.is_file() else path.resolve().name
+
+
 MINI = Path(__file__).resolve().parent / "mini" / "mini.safetensors"
 HUB_NAMES = ("models--stable-diffusion-v1-5--stable-diffusion-v1-5",
              "models--runwayml--stable-diffusion-v1-5",
              "models--Comfy-Org--stable-diffusion-v1-5-archive")
+NO_WEIGHTS = ("base: the bundled miniature, as no Stable Diffusion 1.5 was found: put "
+              "v1-5-pruned-emaonly.safetensors into ./weights, or pass it with --weights FILE "
+              "(from huggingface.co/stable-diffusion-v1-5/stable-diffusion-v1-5)")
 
 
 def find_weights(given: str | Path | None = None) -> Path:
@@ -517,10 +522,17 @@ def find_weights(given: str | Path | None = None) -> Path:
     for folder in (Path("weights"), *snapshots):
         files = sorted(folder.glob("*.safetensors"))
         whole = [f for f in files if folder.name == "weights" or "v1-5" in f.name]
+        inside = "*" if folder.name == "weights" else "*.safetensors"  # a snapshot may be partial
         for candidate in (*whole, folder, *sorted(folder.glob("*/"))):
-            if candidate.is_file() or all((candidate / part).is_dir() for part in ("unet", "vae")):
+            if candidate.is_file() or all(any((candidate / part).glob(inside))
+                                          for part in ("unet", "vae")):
                 return candidate
     return MINI
+
+
+def say_base(path: Path, given: str | Path) -> str:
+    """A line on the base that find_weights(given) found, and on how to get another."""
+    return NO_WEIGHTS if path == MINI and not given else f"base: {path}"
 
 
 def load_base(path: Path, dtype: torch.dtype = torch.float32,
@@ -582,11 +594,13 @@ def merge_loras(base: Base, given: Iterable[str]) -> list[str]:
 
 
 def fingerprint(path: Path, loras: Iterable[tuple[Path, float]] = ()) -> str:
-    """SHA-256 of a checkpoint file, hex, or of its UNet's files where it is a folder.
+    """SHA-256 of a checkpoint file, hex, or of its networks' files where it is a folder.
 
     With a base's `loras`, of those too.
     """
-    files = [path] if path.is_file() else sorted(path.glob("unet/*.safetensors"))
+    parts = ("unet", "vae", "text_encoder")
+    files = [path] if path.is_file() else [
+        file for part in parts for file in sorted(path.glob(f"{part}/*.safetensors"))]
     digest = hashlib.sha256(b"".join(b"%.9g" % scale for _, scale in loras))
     for file in [*files, *(file for file, _ in loras)]:
         with file.open("rb") as f:
@@ -644,8 +658,8 @@ def _read_metadata(path: str | Path) -> tuple[GuideConfig, dict, UNetConfig | No
         shape = metadata.get("unet_config")
         return config, about, None if shape is None else read_config(UNetConfig, shape, path)
     except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
-        raise CheckpointError(f"{path} is not a guide: pass a .safetensors that train.py saved, "
-                              "or tiny, full, cfg or none") from error
+        raise CheckpointError(f"{path} is not a guide: pass a .safetensors that train.py saved"
+                              ) from error
 
 
 def load_guide(path: Path, base: UNetConfig, dtype: torch.dtype = torch.float32,
@@ -701,6 +715,16 @@ def quick_attention(device: torch.device | str) -> AbstractContextManager:
     if torch.device(device).type == "cpu":
         return sdpa_kernel(SDPBackend.MATH)
     return nullcontext()
+
+
+def commit() -> str:
+    """The commit of this checkout, "-dirty" where it has changes; "unknown" outside of git."""
+    try:
+        asked = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=10"],
+                               cwd=Path(__file__).parent, capture_output=True, text=True)
+    except OSError:
+        return "unknown"
+    return asked.stdout.strip() or "unknown"
 
 
 @contextmanager

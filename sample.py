@@ -99,9 +99,6 @@ SD_PROMPTS = (
     "close-up portrait of a red fox in the snow, soft morning light, 85mm photograph",
     "a cozy wooden cabin by a mountain lake, reflections in the water, watercolor",
 )
-NO_WEIGHTS = ("no Stable Diffusion 1.5 found, so the bundled miniature paints postcards: put "
-              "v1-5-pruned-emaonly.safetensors into ./weights, or pass it with --weights FILE "
-              "(from huggingface.co/stable-diffusion-v1-5/stable-diffusion-v1-5)")
 
 
 class Shot(NamedTuple):
@@ -132,7 +129,7 @@ def run(config: Config) -> None:
     base = ppdd.load_base(path, DTYPES[config.dtype], config.device)
     loras = ppdd.merge_loras(base, config.lora)
     config = fit(config, base)
-    say(NO_WEIGHTS if path == ppdd.MINI and not config.weights else f"base: {path}", *loras,
+    say(ppdd.say_base(path, config.weights), *loras,
         f"g = {config.g:g} (guidance scale {1 + config.g:g} elsewhere)")
     if config.export:
         return export(config, base, out)
@@ -164,7 +161,8 @@ def write(config: Config, base: Base, shots: list[Shot], out: Path) -> None:
         return
     shown = [Image.open(path) for path in paths[:SHOWN]]
     grid = free_name(out, "grid")
-    save_png(grid, contact_sheet(shown), ppdd=as_json(config))
+    save_png(grid, contact_sheet(shown), sheet="grid", ppdd=as_json(config),
+             parameters=parameters(config, base, method, shots[0], digest.result()))
     many = f"the first {SHOWN}" if len(shots) > SHOWN else "all"
     print(f"{len(shots)} × PNG in {out}, {many} on {grid}: {time.perf_counter() - start:.1f} s")
 
@@ -350,7 +348,8 @@ def find_method(config: Config, base: Base, guide: str) -> Method:
     path = find_guide(config, base, guide) if guide in COLUMNS else path_of(guide)
     if path is None:
         raise BadInput(f"there is no {guide} guide for {base.name}: train one with "
-                       f"`python train.py --guide {guide}`, or use --guide cfg")
+                       f"`python train.py --guide {guide}`, or use --guide cfg, or the "
+                       "miniature with its guides: --weights mini")
     made, about = ppdd.read_about(path)
     module = ppdd.load_guide(path, base.unet.config, DTYPES[config.dtype], config.device)
     if not (config.compile or config.export):
@@ -591,8 +590,10 @@ def compare(config: Config, base: Base, shots: list[Shot], out: Path) -> None:
     terms = (f"{config.steps} steps of {config.sampler.upper()}, g = {config.g:g}, the same noise "
              f"along a row; milliseconds a picture, from prompt to pixels, in batches of "
              f"{min(config.batch, len(shots))}: {hardware}, {config.dtype}")
-    save_png(path, draw_comparison(columns, shots, terms), ppdd=as_json(config),
-             milliseconds=json.dumps(times), terms=terms)
+    method = Method(f"{', '.join(times)} side by side", "")
+    save_png(path, draw_comparison(columns, shots, terms), sheet="compare", ppdd=as_json(config),
+             milliseconds=json.dumps(times), terms=terms, parameters=parameters(
+                 config, base, method, shots[0], ppdd.fingerprint(base.path)))
     print(f"{terms}\n{path}: " + ", ".join(f"{label} {ms:,.1f} ms" for label, ms in times.items()))
 
 

@@ -27,6 +27,7 @@ import os
 import random
 import re
 import shlex
+import shutil
 import signal
 import sqlite3
 import sys
@@ -35,7 +36,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import timedelta
 from pathlib import Path
@@ -104,7 +105,8 @@ class Config:
                        choices=("attention", "mean", "end"))
     form: str = option("sum", "tiny: Eq. 5's sum; g times what time and text say; or the text "
                               "times what g and time say", choices=("sum", "product", "gated"))
-    pictures: int = option(6000, "the miniature's training pictures")
+    pictures: int = option(0, "the miniature's training pictures; 0: 6000, or with --max-updates "
+                              "at most 40 batches")
     accumulate: int = option(1, "split each batch into so many parts, one by one, to save memory")
     checkpointing: bool = option(False, "recompute the decoder's blocks backwards, for memory")
     cache: str = option("", "keep moments and text states of --data in this folder, fp16")
@@ -137,6 +139,8 @@ LENGTHS = {
     ("sd", "full"): ("adamw", 1e-4, 20_000, 3e-5, 5_000),
 }
 
+PICTURES = 6000                         # of the miniature, to train on
+
 WEIGHTS = {"eps": None, "root-snr": ppdd.root_snr, "snr": ppdd.truncated_snr}
 
 
@@ -145,10 +149,12 @@ def complete(config: Config, base: Base) -> Config:
     size = "sd" if base.unet.config.model_channels >= 256 else "mini"
     optimizer, lr, updates, halving_lr, halving_updates = LENGTHS[size, config.guide]
     limit = config.max_updates or math.inf
+    pictures = min(PICTURES, 40 * config.batch) if config.max_updates else PICTURES
     fixed = config.g_range[0] == config.g_range[1]
     name = config.guide + (f"-g{config.g_range[0]:g}" if fixed else "")
     return replace(
         config, optimizer=config.optimizer or optimizer, lr=config.lr or lr,
+        pictures=config.pictures or pictures,
         halving_lr=config.halving_lr or halving_lr,
         updates=int(min(config.updates or updates, limit)),
         halving_updates=int(min(config.halving_updates or halving_updates, limit)),
@@ -170,12 +176,14 @@ def check(config: Config) -> None:
         (config.size % 64 or not 64 <= config.size <= 2048,
          f"--size {config.size}: a multiple of 64 pixels, at most 2048"),
         (config.further and not config.init, "--further is for a guide given with --init"),
+        (config.init and not config.further and config.start_steps == config.end_steps,
+         "--init skips stage one, and --start-steps is --end-steps: nothing is left to train"),
         (config.keep < 1, f"--keep {config.keep}: at least 1"),
         (config.cache != "" and not config.data, "--cache is for pictures of --data: give some"),
         (min(config.updates, config.halving_updates, config.max_updates, config.grid_every) < 0,
          "a number of updates can't be negative"),
         (config.save_every < 1, f"--save-every {config.save_every}: at least 1"),
-        (not 1 <= config.pictures <= 10**6, f"--pictures {config.pictures}: from 1 to 1000000"),
+        (not 0 <= config.pictures <= 10**6, f"--pictures {config.pictures}: at most 1000000"),
         (not (0 <= config.lr < 1 and 0 <= config.halving_lr < 1), "a learning rate is from 0 to 1"),
         (not config.clip > 0, f"--clip {config.clip}: a norm above 0"),
         (not 0 <= config.trajectories <= 1, f"--trajectories {config.trajectories}: from 0 to 1"),
@@ -782,6 +790,11 @@ class Run:
         if self.config.further and about.get("steps"):
             raise BadInput(f"--init {path} was halved to {about['steps']} steps: --further takes a "
                            "guide of stage one; leave it out to halve this one")
+        made_for = about.get("steps") or self.config.start_steps
+        if made_for != self.config.start_steps:
+            raise BadInput(f"--init {path} takes {made_for} steps, and --start-steps is "
+                           f"{self.config.start_steps}: halve it on with --start-steps {made_for} "
+                           "and --end-steps below that")
         self.origin = {"sha256": ppdd.fingerprint(path), "steps": about.get("steps", 0),
                        "updates": about.get("updates", 0)}
         guide = ppdd.load_guide(path, self.base.unet.config).state_dict()
@@ -1000,15 +1013,18 @@ class Run:
     def train_stage(self, stage: Stage) -> None:
         with tqdm(total=stage.updates, initial=self.update, desc=stage.title,
                   disable=rank() > 0) as bar:
+            shown = 0.0
             while self.update < stage.updates:
                 self.recent = [*self.recent[-49:], self.step(stage)]
                 bar.update()
                 last = self.update == stage.updates
-                if self.update % 50 == 0 or last:
-                    told = np.mean(self.recent[-(self.update % 50 or 50):], axis=0)
+                due = self.update % 50 == 0 or last
+                if due or time.monotonic() > shown + 10:
+                    told, shown = np.mean(self.recent, axis=0), time.monotonic()
                     bar.set_postfix(loss=f"{told[0]:.4g}", unexplained=f"{told[1]:.1%}",
                                     skipped=len(self.data.skipped))
-                    self.log(stage, *told)
+                if due:
+                    self.log(stage, *np.mean(self.recent[-(self.update % 50 or 50):], axis=0))
                 if self.config.grid_every and (self.update % self.config.grid_every == 0 or last):
                     self.draw_grid(stage)
                 if self.update % self.config.save_every == 0 or self.stopping:
@@ -1053,9 +1069,25 @@ class Run:
                  "stage": self.stage, "steps": stage.steps, "g_range": [low, high],
                  "uncond": self.config.uncond, "updates": self.before(self.stage) + self.update,
                  "seed": self.config.seed, "settings": asdict(self.config), "init": self.origin}
+        aside = self.set_aside(path, about)
         ppdd.save_guide(path, self.guide, self.guide_config, about)
         sync(path)
-        tqdm.write(f"saved {path}")
+        tqdm.write(f"saved {path}{f'; the one before it is {aside.name}' if aside else ''}")
+
+    def set_aside(self, path: Path, about: dict) -> Path | None:
+        """Keeps a guide that another run has left in this place; where this run's own lies there,
+        saved just before it was killed, there is nothing to keep."""
+        def run(about: dict) -> str:
+            told = about | {"settings": {k: v for k, v in about.get("settings", {}).items()
+                                         if k not in ("resume", "device")}}
+            return json.dumps(told, sort_keys=True)
+
+        with suppress(CheckpointError):                      # something else that lies there
+            if not path.exists() or run(ppdd.read_about(path)[1]) == run(about):
+                return None
+        with ppdd.written(aside := path.with_name(f"{path.name}.old")) as temporary:
+            shutil.copyfile(path, temporary)
+        return aside
 
     def modules(self) -> Iterator[tuple[str, nn.Module]]:
         """What a checkpoint keeps, by the prefix of its tensors."""
@@ -1128,7 +1160,7 @@ class Run:
     def refuse_other_settings(self, state: dict) -> None:
         free = {"resume", "save_every", "grid_every", "device", "compile", "max_updates", "lr",
                 "halving_lr", "updates", "halving_updates", "dtype", "out", "init", "further",
-                "weights", "keep", "accumulate", "cache", "checkpointing"}
+                "weights", "keep", "accumulate", "cache", "checkpointing", "pictures"}
         now, before = json.loads(json.dumps(asdict(self.config))), state["config"]
         changed = [k for k in now if k not in free and before.get(k) != now[k]]
         if changed:
@@ -1138,8 +1170,8 @@ class Run:
             raise BadInput(f"{self.folder} was begun on another base than {self.base.path}: "
                            "give the same --weights, or another --run")
         if state["data"] != self.data.identity and not self.config.data:
-            raise BadInput(f"{self.folder} was begun with other postcards, as many as suit with or "
-                           "without --max-updates: give it, or leave it out, as then")
+            raise BadInput(f"{self.folder} was begun with other postcards ({state['data']}): give "
+                           "--pictures and --max-updates as then")
         if state["data"] != self.data.identity:
             tqdm.write("the data is not what it was: the run goes on with what is there now")
 
@@ -1181,7 +1213,7 @@ def prepare(config: Config) -> Run:
     merged = ppdd.merge_loras(base, config.lora)
     config = complete(config, base)
     if rank() == 0:
-        print(f"base: {base.name} ({path})", *merged, sep="\n")
+        print(ppdd.say_base(path, config.weights), *merged, sep="\n")
     unfinished = any(Path(config.run).glob("state-*.safetensors"))
     if config.resume and not unfinished:
         raise BadInput(f"{config.run} holds no unfinished run: leave out --resume")
@@ -1218,7 +1250,8 @@ def begin(config: Config, base: Base) -> Run:
     elif config.init:
         run.start_from(Path(config.init))
     if rank() == 0 and not config.resume:
-        (run.folder / "log.jsonl").unlink(missing_ok=True)
+        with suppress(FileNotFoundError):
+            (run.folder / "log.jsonl").replace(run.folder / "log.old.jsonl")
     wait()                             # some take longer to come here than a gather's minute
     return run
 
@@ -1226,10 +1259,10 @@ def begin(config: Config, base: Base) -> Run:
 def load_data(config: Config, base: Base) -> Postcards | Pictures:
     mini = base.unet.config.model_channels < 256
     if not config.data and not mini:
-        raise BadInput(f"--data is needed with these weights: {DATA}")
+        raise BadInput(f"--data is needed with {base.name}: {DATA}; or train on the miniature with "
+                       "--weights mini")
     if not config.data:
-        return Postcards(base, min(config.pictures, 40 * config.batch) if config.max_updates else
-                         config.pictures, config.seed)
+        return Postcards(base, config.pictures, config.seed)
     size = postcards.SIZE if mini else config.size
     data = (Cached(base, config.data, size, config.cache) if config.cache else
             Pictures(base, config.data, size))
@@ -1250,12 +1283,16 @@ def main(argv: list[str] | None = None) -> None:
         if rank() == 0:
             print(f"train.py: {stopped(run, argv)}", file=sys.stderr)
         raise SystemExit(130) from None
-    except torch.OutOfMemoryError:
-        print(f"train.py: out of CUDA memory: lower --batch (now {config.batch}) or --size, raise "
+    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+        full = isinstance(error, (torch.OutOfMemoryError, MemoryError))
+        if not full and "can't allocate memory" not in str(error):
+            raise
+        print(f"train.py: out of memory: lower --batch (now {config.batch}) or --size, raise "
               f"--accumulate (now {config.accumulate}), or add --checkpointing, --cache or "
               "--dtype bf16", file=sys.stderr)
         raise SystemExit(2) from None
-    except (BadInput, CheckpointError, OSError, SafetensorError, sqlite3.Error) as error:
+    except (BadInput, CheckpointError, ImportError, OSError, SafetensorError,
+            sqlite3.Error) as error:
         where = f"train.py, process {rank()}" if world() > 1 else "train.py"
         room = " in the index of --data: make room for temporary files, or set SQLITE_TMPDIR"
         print(f"{where}: {error}{room * isinstance(error, sqlite3.Error)}", file=sys.stderr)

@@ -670,6 +670,11 @@ def test_fingerprint_is_of_the_bytes(tmp_path):
     folder.write_bytes(file.read_bytes())
     expected = hashlib.sha256(file.read_bytes()).hexdigest()
     assert ppdd.fingerprint(file) == ppdd.fingerprint(tmp_path) == expected
+    for part in ("vae", "text_encoder", "safety_checker"):
+        before = ppdd.fingerprint(tmp_path)
+        (tmp_path / part).mkdir()
+        (tmp_path / part / "model.safetensors").write_bytes(b"more")
+        assert (ppdd.fingerprint(tmp_path) == before) == (part == "safety_checker")
 
 
 @pytest.mark.parametrize("config", [*TINY, GuideConfig("full")], ids=names)
@@ -779,7 +784,9 @@ def cache(tmp_path, monkeypatch):
 
 def test_weights_are_the_bundled_ones_where_there_are_no_others(cache):
     put(cache / OFFICIAL / "snapshots" / "1" / "README.md")
-    put(cache / OFFICIAL / "snapshots" / "1" / "unet" / "config.json")       # a part of a model
+    for part in ("unet", "vae"):                                             # not its weights
+        put(cache / OFFICIAL / "snapshots" / "1" / part / "config.json")
+        put(cache / OFFICIAL / "snapshots" / "1" / part / "diffusion_pytorch_model.bin")
     put(Path("weights") / "README.md")
     assert ppdd.find_weights() == ppdd.MINI
     assert ppdd.MINI.parent == Path(ppdd.__file__).parent / "mini"
@@ -789,7 +796,8 @@ def test_weights_are_looked_for_in_order(cache, monkeypatch):
     comfy = put(cache / COMFY / "snapshots" / "1" / "v1-5-pruned-emaonly-fp16.safetensors")
     assert ppdd.find_weights() == comfy
     folder = cache / OFFICIAL / "snapshots" / "2"
-    put(folder / "unet" / "x"), put(folder / "vae" / "x"), put(folder / "safety.safetensors")
+    put(folder / "safety.safetensors")
+    put(folder / "unet" / "x.safetensors"), put(folder / "vae" / "x.safetensors")
     assert ppdd.find_weights() == folder
     base = ppdd.Base(None, None, None, None, folder)
     assert base.name == "stable-diffusion-v1-5"

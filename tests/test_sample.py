@@ -249,6 +249,9 @@ def test_parameters_are_those_of_popular_interfaces(here, toys):
 
 def test_the_config_in_a_picture_makes_it_again(here):
     pictures = command("--steps 3 --seed 4 --n 2 --batch 4 --prompt tree boat")
+    sheet, first = Image.open("out/grid.png").text, Image.open(pictures[0]).text
+    assert sheet["parameters"] == first["parameters"] and sheet["sheet"] == "grid"
+    assert "sheet" not in first
     config = sample.Config(**json.loads(Image.open(pictures[3]).text["ppdd"]))
     assert (tuple(config.prompt), config.seed, config.n) == (("boat",), 7, 1)
     assert config.size == "64x64" and config.dtype == "fp32"
@@ -350,6 +353,8 @@ def test_a_comparison(here):
     assert sheet.size == (206 + 4 * 270 + 14, 112 + 2 * 270 + 84)
     assert list(json.loads(sheet.text["milliseconds"])) == list(sample.COLUMNS.values())
     command("--steps 2 --guide cfg --prompt tree boat")
+    parameters = sheet.text["parameters"].split("\n")
+    assert parameters[0] == "tree" and 'no guidance, CFG, full guide' in parameters[1]
     cell = sheet.crop((206 + 270, 112 + 270, 206 + 270 + 256, 112 + 270 + 256))
     boat = Image.open("out/001-boat.png").resize((256, 256), Image.Resampling.NEAREST)
     assert abs(np.asarray(cell).astype(int) - np.asarray(boat)).max() <= 1
@@ -410,7 +415,7 @@ def test_no_cuda_is_said(here, capsys, monkeypatch):
 
 def test_no_guide_is_told_how_to_make_one(here, toys, capsys):
     said = refusal(capsys, "--weights", f"{toys}/deep.safetensors")
-    assert "`python train.py --guide tiny`" in said
+    assert "`python train.py --guide tiny`" in said and "--weights mini" in said
 
 
 def test_a_deeper_base_wants_rounder_sizes(here, toys, capsys):

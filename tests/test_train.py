@@ -130,9 +130,45 @@ def test_a_resume_refuses_other_postcards(base, here, capsys):
     unfinished.save()
     unfinished.held.close()
     with pytest.raises(SystemExit) as stopped:
-        train.main([*argv, "--updates", "2", "--resume"])
-    assert stopped.value.code == 2 and "--max-updates" in capsys.readouterr().err
-    train.prepare(train.parse([*argv, "--max-updates", "3", "--resume"])).held.close()
+        train.main([*argv, "--pictures", "100", "--resume"])
+    assert stopped.value.code == 2 and "postcards 200 0): give --pict" in capsys.readouterr().err
+    train.prepare(train.parse([*argv, "--max-updates", "300", "--resume"])).held.close()
+
+
+def test_the_guide_before_is_kept_aside_and_so_is_its_log(base, here, capsys):
+    for seed in "12":
+        run(base, "--end-steps", "64", "--seed", seed, updates=2)
+        assert ("the one before it is tiny.safetensors.old" in capsys.readouterr().out) == (
+            seed == "2")
+    paths = [here / "guides/toy/tiny.safetensors", here / "guides/toy/tiny.safetensors.old"]
+    assert [ppdd.read_about(path)[1]["seed"] for path in paths] == [2, 1]
+    again = ("--end-steps", "64", "--seed", "2")           # its own, saved once more after a kill
+    run(base, *again, updates=2)
+    assert [ppdd.read_about(path)[1]["seed"] for path in paths] == [2, 1]
+    logs = [(here / "runs/toy/tiny" / name).read_text() for name in ("log.jsonl", "log.old.jsonl")]
+    assert all(logs) and logs[0] != logs[1]
+
+
+def test_a_trial_draws_fewer_pictures_unless_told_how_many(base):
+    loaded = ppdd.load_base(base)
+    for flags, count in (("", 6000), ("--max-updates 3", 160), ("--max-updates 3000", 160),
+                         ("--max-updates 3 --pictures 200", 200), ("--pictures 9000", 9000)):
+        config = train.parse(["--batch", "4", *flags.split()])
+        assert train.complete(config, loaded).pictures == count
+
+
+@pytest.mark.parametrize("error", [MemoryError(), ImportError("no clip"), RuntimeError(
+    "DefaultCPUAllocator: can't allocate memory")])
+def test_no_memory_or_no_package_is_a_sentence(base, here, monkeypatch, capsys, error):
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr(train.Run, "train", fail)
+    with pytest.raises(SystemExit) as stopped:
+        run(base)
+    assert stopped.value.code == 2
+    said = capsys.readouterr().err.strip().splitlines()[-1]
+    assert said.startswith("train.py: ") and ("no clip" in said or "lower --batch" in said)
 
 
 def test_stage_one_goes_further_from_a_guide(base, here, capsys):
@@ -159,8 +195,10 @@ def test_stage_one_goes_further_from_a_guide(base, here, capsys):
     assert about["updates"] == 5 and about["init"]["sha256"] == sha256
     _, about = ppdd.read_about(Path("guides/toy/tiny-32.safetensors"))
     assert about["updates"] == 3
-    for flags, said in ((["--further"], "--init"), (
-            ["--further", "--init", "guides/toy/tiny-32.safetensors"], "halved to 32 steps")):
+    halved = ["--init", "guides/toy/tiny-32.safetensors"]
+    for flags, said in ((["--further"], "--init"), (["--further", *halved], "halved to 32 steps"),
+                        (halved, "--start-steps 32"),
+                        ([*halved, "--end-steps", "64"], "nothing is left to train")):
         with pytest.raises(SystemExit) as stopped:
             run(base, *flags)
         assert stopped.value.code == 2 and said in capsys.readouterr().err
