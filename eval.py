@@ -98,7 +98,8 @@ class Config:
                            "OpenAI's weights in a file not named so: MODEL-quickgelu:FILE")
     inception: str = option("", "pytorch-fid's weight file; default: looked for in torch's cache")
     prompts: str = option("", "prompts: a text, one a line, COCO's captions .json, a .tsv or .csv")
-    real: str = option("", "reference pictures, a folder or .npz")
+    real: tuple[str, ...] = option((), "reference pictures, a folder or .npz; table3: one for all "
+                                       "bases, or one each")
     count: int = option(0, "so many pictures, or prompts of a file; 0: all")
     seed: int = option(0, "seed of what is drawn")
     batch: int = option(32, "pictures at a time")
@@ -426,8 +427,11 @@ def _load_open_clip(open_clip, spec: str) -> Clip:
     try:
         file = Path(open_clip.download_pretrained(known)) if known else file
         # a file of weights can't say that it wants the quick GELU: OpenAI's do, known here by
-        # their name, and of others MODEL-quickgelu says so; which one was used is in the result
-        quick = known.get("quick_gelu", False) or "openai" in Path(weights).name.lower()
+        # their name or, in the hub's cache, by the repository's, and of others MODEL-quickgelu says
+        # so; which one was used is in the result
+        places = [weights] if known else [file.name, *(
+            part for part in file.absolute().parts if part.startswith("models--"))]
+        quick = known.get("quick_gelu", False) or "openai" in "".join(places).lower()
         model, _, preprocess = open_clip.create_model_and_transforms(
             name, pretrained=weights if known else str(file), force_quick_gelu=quick,
             weights_only=True)
@@ -516,7 +520,8 @@ def _natural(name: str) -> tuple:
 def _is_sheet(path: Path) -> bool:
     try:
         with Image.open(path) as image:
-            return "ppdd" in image.info and "parameters" not in image.info
+            return "ppdd" in image.info and (
+                "sheet" in image.info or "parameters" not in image.info)
     except OSError:
         return False
 
@@ -530,7 +535,8 @@ def read_picture(path: Path) -> Tensor | None:
         return None
 
 
-def pictures_in(folder: str | Path, batch: int, skip_bad: bool = False
+def pictures_in(folder: str | Path, batch: int, skip_bad: bool = False,
+                cure: str = "take them out, or pass --skip-bad"
                 ) -> Iterator[tuple[list[Path], Tensor]]:
     """Paths and pictures (B, 3, H, W) uint8 of a folder, in natural order, B at most `batch`.
 
@@ -546,7 +552,7 @@ def pictures_in(folder: str | Path, batch: int, skip_bad: bool = False
             for _, same in groupby(good, key=lambda item: item[1].shape):
                 paths, pictures = zip(*same)
                 yield list(paths), torch.stack(pictures)
-    _report_bad(bad, len(files), skip_bad)
+    _report_bad(bad, len(files), skip_bad, cure)
 
 
 def _decoded(files: list[Path], batch: int) -> Iterator[list[tuple[Path, Tensor | None]]]:
@@ -562,13 +568,13 @@ def _decoded(files: list[Path], batch: int) -> Iterator[list[tuple[Path, Tensor 
             yield list(ahead.popleft())
 
 
-def _report_bad(bad: list[Path], total: int, skip_bad: bool) -> None:
+def _report_bad(bad: list[Path], total: int, skip_bad: bool, cure: str) -> None:
     if not bad:
         return
     named = ", ".join(map(str, bad[:10])) + (", …" if len(bad) > 10 else "")
     said = f"{len(bad)} of {total} pictures can't be read: {named}"
     if not skip_bad or len(bad) == total:
-        raise BadInput(f"{said}; take them out, or pass --skip-bad")
+        raise BadInput(f"{said}; {cure}")
     print(f"warning: {said}; left out", file=sys.stderr)
 
 
@@ -606,14 +612,16 @@ def _coco_captions(path: Path, text: str, rng: random.Random) -> list[str]:
         said: dict[int, list] = {}
         for a in sorted(json.loads(text)["annotations"], key=lambda a: (a["image_id"], a["id"])):
             said.setdefault(a["image_id"], []).append(str(a["caption"]))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise BadInput(f"--prompts {path}: no captions as in COCO's captions_val2014.json "
                        f"({type(error).__name__}: {error})") from None
     return [rng.choice(captions) for captions in said.values()]
 
 
 def _captions_in_table(path: Path, text: str, rng: random.Random) -> list[str]:
-    table = csv.DictReader(io.StringIO(text), delimiter="\t" if path.suffix[1] in "tT" else ",")
+    tabs = path.suffix[1] in "tT"                    # where quotation marks are the text's own
+    table = csv.DictReader(io.StringIO(text), delimiter="\t" if tabs else ",",
+                           quoting=csv.QUOTE_NONE if tabs else csv.QUOTE_MINIMAL)
     try:
         names = {name.strip().lower(): name for name in table.fieldnames or ()}
         named = [names[k] for k in ("caption", "text", "prompt") if k in names]
@@ -629,7 +637,7 @@ def prompt_in(path: Path) -> str:
     try:
         with Image.open(path) as image:
             said = str(image.info.get("parameters", ""))
-    except OSError:
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
         said = ""
     return said.rpartition("\nSteps: ")[0].partition("\nNegative prompt: ")[0]
 
@@ -656,16 +664,6 @@ def table(head: Iterable, rows: Iterable[Iterable], align: str = "---") -> list[
     return [lines[0], "|---" + f"|{align}" * (len(head) - 1) + "|", *lines[1:]]
 
 
-def commit() -> str:
-    """The commit of this checkout, "-dirty" where it has changes; "unknown" outside of git."""
-    try:
-        asked = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=10"],
-                               cwd=Path(__file__).parent, capture_output=True, text=True)
-    except OSError:
-        return "unknown"
-    return asked.stdout.strip() or "unknown"
-
-
 def hardware(device: str | torch.device = "cpu") -> str:
     """What computes: the GPU's name, or the CPU threads in use and the kind of machine."""
     kind = torch.device(device).type
@@ -681,7 +679,7 @@ def surroundings(config: Config | SpeedConfig, *more: str) -> dict:
     packages = ("torch", "numpy", "scipy", "pillow", "open_clip_torch", *more)
     return {"settings": asdict(config), "hardware": hardware(config.device),
             "versions": {package: there.get(package) for package in packages},
-            "commit": commit()}
+            "commit": ppdd.commit()}
 
 
 def result_file(config: Config) -> Path:
@@ -809,7 +807,8 @@ def prompts_of(config: Config, files: list[Path]) -> dict[Path, str]:
     """Each picture's prompt, from the file of prompts, else from the picture itself."""
     if not config.prompts:
         prompts = {path: prompt_in(path) for path in files}
-        without = next((path for path, prompt in prompts.items() if not prompt), None)
+        without = next((path for path, prompt in prompts.items()
+                        if not prompt and read_picture(path) is not None), None)
         if without:
             raise BadInput(f"{without} does not say its prompt: pass --prompts FILE, one a line")
         return prompts
@@ -1178,17 +1177,19 @@ class Cell(NamedTuple):
 class Bench:
     """A base, the pictures asked of it, and what they are measured by."""
 
-    def __init__(self, config: Config, base: Base):
+    def __init__(self, config: Config, base: Base, place: int = 0):
+        """place: of the base among those of the command, which may have a --real each."""
         self.config, self.base = config, base
         self.size = picture_size(config, base)
         self.hash = ppdd.fingerprint(base.path)
         self.own_captions = is_mini(base) and not config.prompts
         self.judged = self.own_captions and self.size == postcards.SIZE
+        self.real = config.real[place % len(config.real)] if config.real else ""
         self.style = base.name if base.name in postcards.STYLES else postcards.STYLES[0]
         refuse((not is_mini(base) and not config.prompts,
                 f"--prompts is needed with {base.name}: a text file of prompts, or COCO's "
                 "captions_val2014.json"),
-               (not is_mini(base) and not config.real and config.command != "match",
+               (not is_mini(base) and not self.real and config.command != "match",
                 f"--real is needed with {base.name}: a folder of real pictures, or their "
                 "statistics as .npz"))
 
@@ -1236,7 +1237,7 @@ class Bench:
         folder.mkdir(parents=True, exist_ok=True)
         if rank() == 0 and not (folder / "cell.json").exists():
             write_json(folder / "cell.json", self.settings(cell, prompts) | {
-                "commit": commit(), "hardware": hardware(self.config.device)})
+                "commit": ppdd.commit(), "hardware": hardware(self.config.device)})
         for b, k in enumerate(range(0, len(prompts), size)):
             part = range(k, min(k + size, len(prompts)))
             files = [folder / f"{i:05d}.png" for i in part]
@@ -1270,20 +1271,30 @@ class Bench:
     def references(self) -> Statistics:
         """Statistics of the real pictures: those of --real, else postcards in the base's style."""
         config, (name, features) = self.config, self.extractor
-        if config.real.lower().endswith(".npz"):
-            real = Statistics.load(path_of(config.real))
+        if self.real.lower().endswith(".npz"):
+            real = Statistics.load(path_of(self.real))
             blank = torch.zeros(1, 3, 64, 64, dtype=torch.uint8, device=config.device)
             refuse((real.of not in ("", identity(name, features)) or
                     real.mean.size != features(blank).shape[1],
-                    f"--real {config.real} holds features of another network "
+                    f"--real {self.real} holds features of another network "
                     f"({real.of or f'{real.mean.size} a picture'}) than {name}"))
             return real
         real = Statistics(of=name)
-        found = (pictures_in(config.real, config.batch, config.skip_bad) if config.real else
+        found = (pictures_in(self.real, config.batch, config.skip_bad) if self.real else
                  ((None, pictures) for pictures, _ in self.drawn))
         for _, pictures in found:
             real.add(features(pictures.to(config.device)))
         return real
+
+    def reference_hash(self) -> str:
+        """Of what the references are made from: files by name, size and time, else the drawing."""
+        told = f"postcards {self.style} {self.config.references} {REAL_SEED}"
+        if self.real:
+            path = path_of(self.real)
+            files = picture_files(path) if path.is_dir() else [path]
+            stats = ((file, file.stat()) for file in files)
+            told = "\n".join(f"{file} {stat.st_size} {stat.st_mtime_ns}" for file, stat in stats)
+        return hashlib.sha256(told.encode()).hexdigest()[:12]
 
     @cached_property
     def drawn(self) -> list[tuple[Tensor, Tensor]]:
@@ -1301,9 +1312,9 @@ class Bench:
         """What the scores of this base mean."""
         (name, features), real = self.extractor, self.references
         said = {"distance": name, "features": features.protocol, "CLIP": self.clip.protocol,
-                "references": self.config.real or f"{real.n} postcards, style {self.style}",
+                "references": self.real or f"{real.n} postcards, style {self.style}",
                 "reference pictures": real.n or None,
-                "reference hash": hashlib.sha256(real.mean.round(6).tobytes()).hexdigest()[:12]}
+                "reference hash": self.reference_hash()}
         if name == "FID" and self.config.count < FEW:
             said["warning"] = (f"FID of {self.config.count} pictures is biased upwards: compare it "
                                "only with FIDs of as many")
@@ -1317,7 +1328,8 @@ class Bench:
         """Distance to the real pictures, CLIP score and, in percent, the shares that are right."""
         prompts, attributes = self.prompts(cell.s)
         (name, features), painted, cosines, hits = self.extractor, Statistics(), [], []
-        for paths, batch in pictures_in(self.folder(cell), self.config.batch):
+        again = "delete them, and they are painted again"
+        for paths, batch in pictures_in(self.folder(cell), self.config.batch, cure=again):
             rows = [int(path.stem) for path in paths]
             painted.add(features(batch.to(self.config.device)))
             cosines.append(clip_scores(self.clip, batch, [prompts[k] for k in rows]).cpu())
@@ -1376,7 +1388,8 @@ def table2(config: Config) -> None:
     """Every row for one base: results/table2.json and .md."""
     with together(config) as config:
         base = load(config, ppdd.find_weights(config.weights))
-        tabulate(fill(config), methods(config, base), [base], 1)
+        refuse((len(config.real) > 1, "--real: table2 has one base, and one set of real pictures"))
+        tabulate(fill(config), methods(config, base), [base], [base.name])
 
 
 def table3(config: Config) -> None:
@@ -1385,7 +1398,8 @@ def table3(config: Config) -> None:
     with together(config) as config:
         first = load(config, paths[0])
         bases = (load(config, path) if k else first for k, path in enumerate(paths))
-        tabulate(fill(config), plugged(config, first), bases, len(paths))
+        rows = need(plugged(config, first), replace(first, path=plain_base(config)))
+        tabulate(fill(config), rows, bases, [ppdd.base_name(path) for path in paths])
 
 
 def need(rows: list[Row], base: Base, what: str = "guide") -> list[Row]:
@@ -1397,16 +1411,24 @@ def need(rows: list[Row], base: Base, what: str = "guide") -> list[Row]:
 
 def plugged(config: Config, base: Base) -> list[Row]:
     """No guidance, CFG and the plain base's stage-one guides, for a fine-tune of that base."""
-    plain = ppdd.find_weights(config.weights) if config.bases or config.weights else ppdd.MINI
-    rows = methods(config, replace(base, path=plain), ("full", "tiny", *OURS[:1]))
+    rows = methods(config, replace(base, path=plain_base(config)), ("full", "tiny", *OURS[:1]))
     return [row for row in rows
             if row.guide or (row.steps, row.sampler) == (STAGE_ONE, "ddim")]
+
+
+def plain_base(config: Config) -> Path:
+    """The base that the guides were trained on."""
+    return ppdd.find_weights(config.weights) if config.bases or config.weights else ppdd.MINI
 
 
 def styles(config: Config) -> list[Path]:
     """The files of the fine-tuned bases: --bases, else the miniature's three styles."""
     if config.bases:
-        return [path_of(path) for path in config.bases]
+        paths = [path_of(path) for path in config.bases]
+        names = [ppdd.base_name(path) for path in paths]
+        refuse(*((not path.exists(), f"--bases: {path} does not exist") for path in paths),
+               (len(set(names)) < len(names), "--bases: give each a name of its own"))
+        return paths
     paths = [ppdd.MINI.parent / "styles" / f"{s}.safetensors" for s in postcards.STYLES[1:]]
     refuse(*((not path.exists(), f"there is no {path}: make the miniature's styles with "
               "`python mini/train.py --styles-only`, or pass --bases FILE ...") for path in paths))
@@ -1415,6 +1437,8 @@ def styles(config: Config) -> list[Path]:
 
 def load(config: Config, path: Path) -> Base:
     base = ppdd.load_base(path, dtype_of(config), config.device)
+    if rank() == 0:
+        print(ppdd.say_base(path, config.weights))
     ppdd.pack(base.unet, base.vae)
     return base
 
@@ -1461,20 +1485,22 @@ def columns(row: Row, gs: Iterable[float]) -> list[float]:
     return [0.0] if row.kind == "none" else [g for g in gs if row.only_g in (None, g)]
 
 
-def tabulate(config: Config, rows: list[Row], bases: Iterable[Base], total: int) -> None:
+def tabulate(config: Config, rows: list[Row], bases: Iterable[Base], names: list[str]) -> None:
     """Paints, scores and times all rows on all bases; the result is written after every cell."""
-    file, names, shapes = result_file(config), [], set()
+    file, shapes = result_file(config), set()
+    refuse((len(config.real) not in (0, 1, len(names)),
+            f"--real: one set of pictures for all bases, or {len(names)}, one each"))
+    keep_all(file, "bases", read_result(file)["bases"], names)
     rows = [row for row in rows if columns(row, config.g)]
     cells = [Cell(row, g, s) for row in rows for g in columns(row, config.g)
              for s in range(config.seed, config.seed + config.seeds)]
-    with tqdm(total=total * len(cells) * config.count, unit="picture", desc=config.command,
+    with tqdm(total=len(names) * len(cells) * config.count, unit="picture", desc=config.command,
               disable=rank() > 0) as bar:
-        for base in bases:
-            names, shapes = [*names, base.name], shapes | {base.unet.config}
-            refuse((len(shapes) > 1 or base.name in names[:-1],
-                    f"{base.path} has another size, or the same name, as a base before it: give "
-                    "fine-tunes of one base, each with its own name"))
-            bench = Bench(config, base)
+        for k, base in enumerate(bases):
+            shapes |= {base.unet.config}
+            refuse((len(shapes) > 1, f"{base.path} has another size than a base before it: give "
+                                     "fine-tunes of one base"))
+            bench = Bench(config, base, k)
             if rank() == 0:
                 begin(bench, cells, file)
             wait()
@@ -1488,6 +1514,13 @@ def tabulate(config: Config, rows: list[Row], bases: Iterable[Base], total: int)
         finish(file, result, table_markdown(config.command, result))
 
 
+def keep_all(file: Path, what: str, before: Iterable[str], now: Iterable[str]) -> None:
+    """Raises BadInput where a result holds something that this run would not have."""
+    lost = [name for name in before if name not in {*now}]
+    refuse((lost, f"{file} holds other {what} too ({', '.join(lost)}): pass --out for a file of "
+                  "its own, or move that one away"))
+
+
 def begin(bench: Bench, cells: list[Cell], file: Path) -> None:
     """Enters the base into the result file, with those of its cells that are done already."""
     result, measured, now = read_result(file), bench.measured_by(), protocol(bench)
@@ -1495,13 +1528,19 @@ def begin(bench: Bench, cells: list[Cell], file: Path) -> None:
     refuse((other, f"{file} holds a result of another setting ({', '.join(other)}): pass --out for "
                    "a file of its own, or move that one away"))
     before = result["bases"].get(bench.base.name, {})
-    kept = before["rows"] if before.get("measured by") == measured else {}
+    kept, by = before.get("rows", {}), before.get("measured by", measured)
     rows = {cell.row.name: about_row(cell.row) for cell in cells}
+    keep_all(file, "rows", kept, rows)
+    other = [k for k in measured if by.get(k) != measured[k] and k not in (JUDGED, "warning")]
+    refuse((other, f"{file} was measured by another {', '.join(other)}: pass --out for a file of "
+                   "its own, or move that one away"))
     for cell in cells:
         seeds = kept.get(cell.row.name, {}).get("cells", {}).get(f"{cell.g:g}", {}).get("seeds", {})
         scores = seeds.get(str(cell.s), {})
         if scores.get("key") == bench.key(cell):
             enter(rows, cell, scores)
+    for name, row in rows.items():                   # until the rows are timed again, all in turn
+        row |= {k: v for k, v in kept.get(name, {}).items() if k == "milliseconds"}
     result["protocol"] = now
     result["bases"][bench.base.name] = {"base hash": bench.hash, "measured by": measured,
                                         "rows": rows}
@@ -1990,7 +2029,7 @@ def quality(config: Config) -> None:
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
     figure.suptitle(f"{name}, g = {g}: quality over time. Beside each point its number of steps; "
                     "bars: standard deviation over seeds", fontsize=10)
-    path = path_of(config.out or "docs/quality.png")
+    path = path_of(config.out or f"docs/quality{'-quick' * config.quick}.png")
     with ppdd.written(path) as temporary:
         figure.savefig(temporary, format="png", dpi=130)
     print(path)

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import re
+import zlib
 
 import numpy as np
 import open_clip
@@ -254,6 +255,10 @@ def test_features_are_pytorch_fid_s(weights, inception_file, fid_of, monkeypatch
     generator = torch.Generator().manual_seed(0)
     attributes = postcards.sample_attributes(6, generator)
     sets = []
+    large = torch.randint(256, (2, 3, 400, 320), generator=generator).byte()   # to be shrunk
+    with torch.no_grad():
+        expected = theirs(large.float() / 255)[0][:, :, 0, 0]
+    assert (network(large) - expected).abs().max() <= 1e-5 * expected.abs().max()
     for style, side in (("postcard", 64), ("watercolor", 48)):
         pictures = postcards.draw(attributes, style, generator)[:, :, :side]
         pictures = (pictures * 255).round().byte()
@@ -431,6 +436,9 @@ def test_contact_sheets_are_no_pictures(tmp_path):
     sheet.save(tmp_path / "compare-2.png", pnginfo=info)
     picture.save(tmp_path / "grid-3.png")                    # somebody's picture of a grid
     picture.save(tmp_path / "000.png", pnginfo=info)
+    info.add_text("parameters", "a tree\nSteps: 8")
+    info.add_text("sheet", "grid")
+    sheet.save(tmp_path / "grid-2.png", pnginfo=info)
     assert [p.name for p in ours.picture_files(tmp_path)] == ["000.png", "grid-3.png"]
 
 
@@ -488,6 +496,7 @@ def test_one_caption_an_image_of_coco(tmp_path, name):
 
 @pytest.mark.parametrize("name, text", [
     ("val2014_30k.tsv", "id\tcaption\n1\ta boat, red\n2\ta house\n3\tcar\n"),
+    ("tabs.TSV", "caption\tid\r\na boat, red\t1\r\na house\t2\r\ncar\t3\r\n"),
     ("MS-COCO_val2014_30k_captions.csv",
      ',image_id,caption\n0,1,"a boat, red"\n1,2,a house\n2,3,car\n'),
     ("with_text.csv", '\ufefftext,file\n"a boat, red",a b.jpg\na house,b c.jpg\ncar,c d.jpg\n'),
@@ -496,6 +505,11 @@ def test_one_caption_an_image_of_coco(tmp_path, name):
 def test_prompts_of_a_table(tmp_path, name, text):
     (tmp_path / name).write_bytes(text.encode())
     assert read_prompts(tmp_path / name) == ["a boat, red", "a house", "car"]
+
+
+def test_a_quotation_mark_in_a_tsv_is_a_letter(tmp_path):
+    (tmp_path / "a.tsv").write_text('id\tcaption\n1\t"A man on a horse\n2\ta "stop" sign\n3\ta"\n')
+    assert read_prompts(tmp_path / "a.tsv") == ['"A man on a horse', 'a "stop" sign', 'a"']
 
 
 def test_prompts_are_drawn_by_seed_in_the_file_s_order(tmp_path):
@@ -510,7 +524,8 @@ def test_prompts_are_drawn_by_seed_in_the_file_s_order(tmp_path):
 
 @pytest.mark.parametrize("name, data, said", [
     ("a.txt", b"\n \n", "no prompt"), ("a.txt", b"\xff\xfe\x00", "UTF-8"),
-    ("a.json", b"[1]", "COCO"), ("a.json", b"{", "COCO"), ("a.json", b'{"annotations": [1]}', "CO"),
+    ("a.json", b"[1]", "COCO"), ("a.json", b"{", "COCO"), ("a.json", b"[" * 10**5, "COCO"),
+    ("a.json", b'{"annotations": [1]}', "CO"),
     ("a.csv", b"", "no column is called caption"), ("a.csv", b"a,b\na b,c d\n", "no column"),
     ("a.tsv", b"id\tcaption\n", "no prompt"), ("b.txt", None, "no such file")])
 def test_prompts_that_are_none(tmp_path, name, data, said):
@@ -596,6 +611,12 @@ def test_a_picture_s_own_prompt(here, capsys):
     assert result_of(capsys, "clip", "a")[0]["pictures"] == 2
     Image.new("RGB", (64, 64)).save(here / "a/2.png")
     assert "a/2.png does not say its prompt: pass --prompts" in refusal(capsys, "clip", "a")
+    huge = bytearray((here / "a/2.png").read_bytes())                # its header says 10¹⁰ pixels
+    huge[16:24] = (100_000).to_bytes(4, "big") * 2
+    huge[29:33] = zlib.crc32(huge[12:29]).to_bytes(4, "big")
+    (here / "a/2.png").write_bytes(huge), (here / "a/3.png").write_bytes(b"")
+    assert "2 of 4 pictures can't be read" in refusal(capsys, "clip", "a")
+    assert result_of(capsys, "clip", "a", "--skip-bad")[0]["left out"] == 2
 
 
 @pytest.mark.parametrize("argv, said", [

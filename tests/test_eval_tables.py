@@ -104,6 +104,7 @@ def test_table2(here, capsys):
         assert cell["mean"][name] == pytest.approx(np.mean(values), abs=1e-3)
         assert cell["spread"][name] == pytest.approx(np.std(values, ddof=1), abs=1e-3)
     mean = f"{cell['mean']['CLIP-FID']:.4f} ± {cell['spread']['CLIP-FID']:.4f} / "
+    page = page.removeprefix(f"{ppdd.NO_WEIGHTS}\n")
     assert page == Path("results/table2.md").read_text() + "\n" and mean in page
     assert "CLIP-FID (the miniature's CLIP) / CLIP score / accuracy in %" in page
     assert " FID" not in page and "2 + 2 guide" in page and rows["full"]["guide"] in page
@@ -204,6 +205,45 @@ def test_given_prompts_have_no_accuracy(here):
     assert measured["rows"]["tiny-16"]["title"] == "tiny guide, 16 steps"
     assert set(measured["rows"]["tiny"]["cells"]["8"]["mean"]) == {"CLIP-FID", "CLIP"}
     assert "accuracy in %" not in Path("results/table2.md").read_text()
+
+
+def test_no_run_drops_what_a_result_holds(here, capsys):
+    shutil.copy(ROOT / "mini" / "mini.safetensors", "other.safetensors")
+    command("table2 --g 8 --guides tiny-16", *FEW)
+    before = Path("results/table2.json").read_bytes()
+    same = ["--guides", "tiny-16"]
+    for more, said in (([*same, "--weights", "other.safetensors"], "other bases too (mini)"),
+                       ([], "other rows too (tiny-16)"),
+                       ([*same, "--references", "25"], "measured by another references, ref")):
+        assert said in refusal(capsys, "table2", "--g", "8", *FEW, *more)
+        assert Path("results/table2.json").read_bytes() == before
+
+
+def test_times_stay_until_all_rows_are_timed_again(here, monkeypatch):
+    command("table2 --g 8", *FEW)
+    before = json.loads(Path("results/table2.json").read_text())
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(tables, "time_rows", killed)
+    with pytest.raises(SystemExit):
+        command("table2 --g 8", *FEW)
+    after = json.loads(Path("results/table2.json").read_text())
+    assert after["bases"] == before["bases"]
+
+
+def test_a_damaged_picture_is_painted_again(here, capsys):
+    command("table2 --g 8", *FEW)
+    Path("results/table2.json").unlink()
+    damaged = next(Path("runs").glob("eval/mini/*/tiny-g8-seed0/00001.png"))
+    whole = damaged.read_bytes()
+    damaged.write_bytes(whole[:100])
+    said = refusal(capsys, "table2", "--g", "8", *FEW)
+    assert str(damaged) in said and "painted again" in said and "--skip-bad" not in said
+    damaged.unlink()
+    command("table2 --g 8", *FEW)
+    assert damaged.read_bytes() == whole
 
 
 def test_references_from_a_folder_or_statistics(here, capsys):
@@ -308,6 +348,28 @@ def test_table3_and_fig8(here):
     assert "| cartoon | tiny guide, 2 steps |" in Path("results/table3.md").read_text()
     command("fig8 --prompt boat tree")
     assert drawn_on("docs/fig8.png").shape[0] > 9 * 192
+
+
+def test_table3_of_given_bases(here, capsys):
+    """Each base may have real pictures of its own; what can't work is said before any work."""
+    for k, name in enumerate(("a", "b")):
+        shutil.copy(ROOT / "mini" / "mini.safetensors", f"{name}.safetensors")
+        Path(name).mkdir()
+        drawn = postcards.draw(postcards.sample_attributes(5 + k), postcards.STYLES[k + 1])
+        for i, picture in enumerate((drawn * 255).round().byte()):
+            tables.to_image(picture).save(f"{name}/{i}.png")
+    both = ["--bases", "a.safetensors", "b.safetensors"]
+    write_base(here / "toy.safetensors", UNET, VAE_CONFIG, TEXT, torch.float32)
+    command("table3", *FEW, *both, "--real", "a", "b")
+    bases = result("results/table3.json")["bases"]
+    assert [base["measured by"]["reference pictures"] for base in bases.values()] == [5, 6]
+    for flags, said in (
+            ([*both, "--real", "a", "b", "a"], "or 2, one each"), (both[:2], "bases too (b)"),
+            ([*both, "nowhere.safetensors"], "nowhere.safetensors does not exist"),
+            ([*both, "./a.safetensors"], "a name of its own"),
+            (["--bases", "toy.safetensors", "--weights", "toy.safetensors"], "no guide for toy")):
+        assert said in refusal(capsys, "table3", *FEW, *flags)
+    assert "--real: table2 has one base" in refusal(capsys, "table2", "--real", "a", "b", *FEW)
 
 
 def test_quick_has_files_of_its_own(here):
