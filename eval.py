@@ -1286,16 +1286,6 @@ class Bench:
             real.add(features(pictures.to(config.device)))
         return real
 
-    def reference_hash(self) -> str:
-        """Of what the references are made from: files by name, size and time, else the drawing."""
-        told = f"postcards {self.style} {self.config.references} {REAL_SEED}"
-        if self.real:
-            path = path_of(self.real)
-            files = picture_files(path) if path.is_dir() else [path]
-            stats = ((file, file.stat()) for file in files)
-            told = "\n".join(f"{file} {stat.st_size} {stat.st_mtime_ns}" for file, stat in stats)
-        return hashlib.sha256(told.encode()).hexdigest()[:12]
-
     @cached_property
     def drawn(self) -> list[tuple[Tensor, Tensor]]:
         """Batches of real postcards, (B, 3, 64, 64) uint8, and their attributes (B, 6)."""
@@ -1314,7 +1304,7 @@ class Bench:
         said = {"distance": name, "features": features.protocol, "CLIP": self.clip.protocol,
                 "references": self.real or f"{real.n} postcards, style {self.style}",
                 "reference pictures": real.n or None,
-                "reference hash": self.reference_hash()}
+                "reference hash": hashlib.sha256(real.mean.round(6).tobytes()).hexdigest()[:12]}
         if name == "FID" and self.config.count < FEW:
             said["warning"] = (f"FID of {self.config.count} pictures is biased upwards: compare it "
                                "only with FIDs of as many")
@@ -1531,7 +1521,8 @@ def begin(bench: Bench, cells: list[Cell], file: Path) -> None:
     kept, by = before.get("rows", {}), before.get("measured by", measured)
     rows = {cell.row.name: about_row(cell.row) for cell in cells}
     keep_all(file, "rows", kept, rows)
-    other = [k for k in measured if by.get(k) != measured[k] and k not in (JUDGED, "warning")]
+    free = {JUDGED, "warning"} | ({"reference hash"} if not bench.real else set())
+    other = [k for k in measured if by.get(k) != measured[k] and k not in free]
     refuse((other, f"{file} was measured by another {', '.join(other)}: pass --out for a file of "
                    "its own, or move that one away"))
     for cell in cells:

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from ppdd import fingerprint
+
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
@@ -61,11 +63,12 @@ def tried_lines():
 
 
 def tried(settings):
-    if "sampled" in settings:
+    if "start-steps" in settings:
         name = f"{settings['guide']} guide, halved to {settings['steps']} steps"
         return name if settings["sampled"] == "made" else f"{settings['guide']} guide for 8 steps"
     changed = [f"`--{k} {v}`" for k, v in settings.items()
-               if k in ("loss", "form", "trajectories", "ema")]
+               if k in ("loss", "form", "trajectories", "ema") and v != "sum"]
+    changed += [f"after {settings.get('updates', 0):,} updates (bundled)"] * ("init" in settings)
     return "CFG" if settings["guide"] == "cfg" else " ".join(changed) or "as the paper has it"
 
 
@@ -102,3 +105,36 @@ def test_the_miniature_is_as_good_as_the_readme_says():
 def test_every_picture_and_file_the_readme_names_is_there():
     for target in re.findall(r"\]\((?!http|#)([^)#]+)", README):
         assert (ROOT / target).exists(), target
+
+
+def numbers_in(value, key=""):
+    """The numbers of a result as the text tells them: shares in percent, ratios, distances."""
+    if isinstance(value, dict | list):
+        items = value.items() if isinstance(value, dict) else ((key, part) for part in value)
+        for name, part in items:
+            if name not in ("spread", "seeds", "rounds", "profiles", "settings"):
+                yield from numbers_in(part, name)
+    elif isinstance(value, float):
+        percent = value if abs(value) > 1.5 else 100 * value
+        yield from (f"{percent:.1f}", f"{value:.4f}", f"{value:.2f}", f"{value:.1f}")
+
+
+@pytest.mark.parametrize("begin, end, files, others", [
+    ("### What this says", "### The figures", ("table2", "table3", "match", "mini", "tuning"),
+     {"114.5", "43.2"}),                                    # results/match.json at an older commit
+    ("## The miniature", "## Limits", ("mini", "tuning"), {"0.011", "9.0", "1.7", "0.5", "5.1"}),
+    ("A tiny-guided step", "## Reliability", ("speed-sd15-cpu",),
+     {"0.51", "0.49", "0.99", "1.06", "1.5", "26.2", "2.4", "12.6"})])
+def test_the_numbers_in_the_text_are_in_the_result_files(begin, end, files, others):
+    text = README[README.index(begin):README.index(end, README.index(begin))]
+    known = {number for file in files for number in numbers_in(results(file))} | others
+    told = re.findall(r"(?<![\w.])\d+\.\d+(?![\w.]*\d)", text)
+    assert len(told) > 5 and not [number for number in told if number not in known]
+
+
+def test_what_was_judged_was_judged_by_the_bundled_judge():
+    judge = fingerprint(ROOT / "mini" / "judge.safetensors")[:12]
+    judged = [results("mini"), *(row for row in results("tuning") if "right" in row),
+              *(base["measured by"] for name in ("table2", "table3")
+                for base in results(name)["bases"].values())]
+    assert {told["judge"] for told in judged} == {judge}
