@@ -207,7 +207,15 @@ def test_given_prompts_have_no_accuracy(here):
     assert "accuracy in %" not in Path("results/table2.md").read_text()
 
 
-def test_no_run_drops_what_a_result_holds(here, capsys):
+@pytest.fixture
+def two_rows(here, monkeypatch) -> Path:
+    """As `here`, with less to paint: no guidance, and the tiny guide."""
+    monkeypatch.setattr(tables, "PLAIN", PLAIN[:1])
+    monkeypatch.setattr(tables, "GUIDES", ("tiny",))
+    return here
+
+
+def test_no_run_drops_what_a_result_holds(two_rows, capsys):
     shutil.copy(ROOT / "mini" / "mini.safetensors", "other.safetensors")
     command("table2 --g 8 --guides tiny-16", *FEW)
     before = Path("results/table2.json").read_bytes()
@@ -219,7 +227,7 @@ def test_no_run_drops_what_a_result_holds(here, capsys):
         assert Path("results/table2.json").read_bytes() == before
 
 
-def test_times_stay_until_all_rows_are_timed_again(here, monkeypatch):
+def test_times_stay_until_all_rows_are_timed_again(two_rows, monkeypatch):
     command("table2 --g 8", *FEW)
     before = json.loads(Path("results/table2.json").read_text())
 
@@ -233,7 +241,7 @@ def test_times_stay_until_all_rows_are_timed_again(here, monkeypatch):
     assert after["bases"] == before["bases"]
 
 
-def test_a_damaged_picture_is_painted_again(here, capsys):
+def test_a_damaged_picture_is_painted_again(two_rows, capsys):
     command("table2 --g 8", *FEW)
     Path("results/table2.json").unlink()
     damaged = next(Path("runs").glob("eval/mini/*/tiny-g8-seed0/00001.png"))
@@ -348,9 +356,12 @@ def test_table3_and_fig8(here):
     assert "| cartoon | tiny guide, 2 steps |" in Path("results/table3.md").read_text()
     command("fig8 --prompt boat tree")
     assert drawn_on("docs/fig8.png").shape[0] > 9 * 192
+    command("table3 --quick", *FEW[:2])
+    quick = result("runs/eval/table3-quick.json")["bases"]
+    assert list(quick) == list(bases) and "references" in quick["cartoon"]["measured by"]
 
 
-def test_table3_of_given_bases(here, capsys):
+def test_table3_of_given_bases(two_rows, capsys):
     """Each base may have real pictures of its own; what can't work is said before any work."""
     for k, name in enumerate(("a", "b")):
         shutil.copy(ROOT / "mini" / "mini.safetensors", f"{name}.safetensors")
@@ -359,7 +370,7 @@ def test_table3_of_given_bases(here, capsys):
         for i, picture in enumerate((drawn * 255).round().byte()):
             tables.to_image(picture).save(f"{name}/{i}.png")
     both = ["--bases", "a.safetensors", "b.safetensors"]
-    write_base(here / "toy.safetensors", UNET, VAE_CONFIG, TEXT, torch.float32)
+    write_base(two_rows / "toy.safetensors", UNET, VAE_CONFIG, TEXT, torch.float32)
     command("table3", *FEW, *both, "--real", "a", "b")
     bases = result("results/table3.json")["bases"]
     assert [base["measured by"]["reference pictures"] for base in bases.values()] == [5, 6]
