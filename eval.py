@@ -64,7 +64,7 @@ from tqdm import tqdm
 import ppdd
 from clip_text import TextConfig, TextEncoder, Tokenizer
 from mini import postcards
-from mini.judge import JUDGE, load_judge
+from mini.judge import judge_hash, load_judge
 from ppdd import Base, rank, world
 from unet import CheckpointError, UNet, UNetConfig, injection_channels
 from vae import VAE, VAEConfig
@@ -1311,7 +1311,7 @@ class Bench:
         if self.judged:
             hits = [self.right(*part).all(1).float() for part in self.drawn]
             said[JUDGED] = round(100 * torch.cat(hits).mean().item(), 2)
-            said["judge"] = ppdd.fingerprint(JUDGE)[:12]
+            said["judge"] = judge_hash()
         return said
 
     def score(self, cell: Cell) -> dict[str, float]:
@@ -1388,8 +1388,8 @@ def table3(config: Config) -> None:
     with together(config) as config:
         first = load(config, paths[0])
         bases = (load(config, path) if k else first for k, path in enumerate(paths))
-        rows = need(plugged(config, first), replace(first, path=plain_base(config)))
-        tabulate(fill(config), rows, bases, [ppdd.base_name(path) for path in paths])
+        names = [ppdd.base_name(path) for path in paths]
+        tabulate(fill(config), plugged(config, first), bases, names)
 
 
 def need(rows: list[Row], base: Base, what: str = "guide") -> list[Row]:
@@ -1401,14 +1401,10 @@ def need(rows: list[Row], base: Base, what: str = "guide") -> list[Row]:
 
 def plugged(config: Config, base: Base) -> list[Row]:
     """No guidance, CFG and the plain base's stage-one guides, for a fine-tune of that base."""
-    rows = methods(config, replace(base, path=plain_base(config)), ("full", "tiny", *OURS[:1]))
-    return [row for row in rows
+    path = ppdd.find_weights(config.weights) if config.bases or config.weights else ppdd.MINI
+    plain = replace(base, path=path)
+    return [row for row in need(methods(config, plain, ("full", "tiny", *OURS[:1])), plain)
             if row.guide or (row.steps, row.sampler) == (STAGE_ONE, "ddim")]
-
-
-def plain_base(config: Config) -> Path:
-    """The base that the guides were trained on."""
-    return ppdd.find_weights(config.weights) if config.bases or config.weights else ppdd.MINI
 
 
 def styles(config: Config) -> list[Path]:
@@ -1887,7 +1883,7 @@ def fig8(config: Config) -> None:
     labels, pictures = [], []
     for path in styles(config):
         told, base, prompts, size = stage(replace(config, weights=str(path)))
-        for row in need([row for row in plugged(config, base) if row.kind != "none"], base):
+        for row in (row for row in plugged(config, base) if row.kind != "none"):
             labels.append(f"{base.name}\n{heading(row)}")
             pictures.append(column(told, base, row, prompts, size))
     terms = (f"g = {told.g[-1]:g}, DDIM, the same noise down a column. The guides were trained on "

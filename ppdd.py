@@ -727,6 +727,12 @@ def commit() -> str:
     return asked.stdout.strip() or "unknown"
 
 
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that there is no memory left, on a GPU or on a CPU."""
+    full = isinstance(error, (torch.OutOfMemoryError, MemoryError))
+    return full or "can't allocate memory" in str(error)
+
+
 @contextmanager
 def written(path: str | Path) -> Iterator[Path]:
     """A temporary name beside path, renamed to it at the end: never half a file."""

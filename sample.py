@@ -676,7 +676,7 @@ def main(argv: list[str] | None = None) -> None:
     except torch.cuda.OutOfMemoryError:
         parser.error(f"out of GPU memory: pass --batch below {given.batch}, or a smaller --size")
     except (MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "can't allocate memory" not in str(error):
+        if not ppdd.out_of_memory(error):
             raise
         parser.error(f"out of memory: pass --batch below {given.batch}, or a smaller --size")
     except OSError as error:

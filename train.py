@@ -1020,11 +1020,12 @@ class Run:
                 last = self.update == stage.updates
                 due = self.update % 50 == 0 or last
                 if due or time.monotonic() > shown + 10:
-                    told, shown = np.mean(self.recent, axis=0), time.monotonic()
+                    told = np.mean(self.recent[-(self.update % 50 or 50):], axis=0)
+                    shown = time.monotonic()
                     bar.set_postfix(loss=f"{told[0]:.4g}", unexplained=f"{told[1]:.1%}",
                                     skipped=len(self.data.skipped))
                 if due:
-                    self.log(stage, *np.mean(self.recent[-(self.update % 50 or 50):], axis=0))
+                    self.log(stage, *told)
                 if self.config.grid_every and (self.update % self.config.grid_every == 0 or last):
                     self.draw_grid(stage)
                 if self.update % self.config.save_every == 0 or self.stopping:
@@ -1283,9 +1284,8 @@ def main(argv: list[str] | None = None) -> None:
         if rank() == 0:
             print(f"train.py: {stopped(run, argv)}", file=sys.stderr)
         raise SystemExit(130) from None
-    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-        full = isinstance(error, (torch.OutOfMemoryError, MemoryError))
-        if not full and "can't allocate memory" not in str(error):
+    except (MemoryError, RuntimeError) as error:
+        if not ppdd.out_of_memory(error):
             raise
         print(f"train.py: out of memory: lower --batch (now {config.batch}) or --size, raise "
               f"--accumulate (now {config.accumulate}), or add --checkpointing, --cache or "

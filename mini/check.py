@@ -20,7 +20,7 @@ sys.path.insert(0, str(ROOT))
 
 import ppdd  # noqa: E402
 from mini import postcards  # noqa: E402
-from mini.judge import JUDGE, World, load_judge  # noqa: E402
+from mini.judge import World, judge_hash, load_judge  # noqa: E402
 from unet import CheckpointError  # noqa: E402
 
 
@@ -38,7 +38,7 @@ def measure(path: Path, count: int, seed: int) -> dict:
         "base hash": ppdd.fingerprint(path), "pictures": count, "seed": seed,
         "commit": ppdd.commit(), "torch": torch.__version__,
         "hardware": f"{torch.get_num_threads()} CPU threads, {platform.machine()}",
-        "judge": ppdd.fingerprint(JUDGE)[:12],
+        "judge": judge_hash(),
         "judge on real pictures": world.right(world.real),
         "judge on real pictures of other styles": {
             style: world.right(real)["all"] for style, real in styled.items()},

@@ -49,6 +49,11 @@ class Judge(nn.Module):
         return sum(F.cross_entropy(s, a) for s, a in zip(self(pictures), attributes.T))
 
 
+def judge_hash() -> str:
+    """What results say of the bundled judge: which one it was."""
+    return ppdd.fingerprint(JUDGE)[:12]
+
+
 def load_judge(path: str | Path = JUDGE, device: str | torch.device = "cpu") -> Judge:
     """A judge, else the bundled one, in float32; eval mode, no gradients."""
     judge = Judge()

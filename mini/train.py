@@ -54,6 +54,7 @@ from ppdd import (  # noqa: E402
     quick_attention,
     save_base,
     save_tensors,
+    written,
 )
 from unet import CheckpointError, UNet, UNetConfig  # noqa: E402
 from vae import VAE, VAEConfig  # noqa: E402
@@ -194,9 +195,8 @@ def fit(config: Config, name: str, module: nn.Module, loss: Callable[[torch.Gene
 
 
 def write_json(path: Path, value: dict) -> None:
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(value, indent=1) + "\n")
-    temporary.replace(path)
+    with written(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=1) + "\n")
 
 
 def hardware(device: str) -> str:
@@ -497,7 +497,6 @@ def run(config: Config) -> None:
         base = Path(config.out, "mini.safetensors") if config.out else MINI
         return train_styles(config, base, base.parent)
     out = Path(config.out or Path(config.work, "made"))
-    out.mkdir(parents=True, exist_ok=True)
     LOGS.clear()
     for stage in stage_by_stage(config, out):
         if stage == config.until:

@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import ppdd  # noqa: E402
-from mini.judge import JUDGE, World, load_judge  # noqa: E402
+from mini.judge import World, judge_hash, load_judge  # noqa: E402
 
 STAGE_ONE = {"guide": "tiny", "end-steps": "64", "optimizer": "adamw"}
 FULL = STAGE_ONE | {"guide": "full"}
@@ -142,20 +142,14 @@ def start_of(settings: dict) -> dict:
     return {"init SHA-256": ppdd.fingerprint(ROOT / init)[:12]} if init else {}
 
 
-def judge_hash() -> str:
-    return ppdd.fingerprint(JUDGE)[:12]
-
-
 def keep(out: Path, row: dict) -> None:
     """Puts a row into the file, which another process may have changed meanwhile."""
     row |= start_of(row["settings"]) | {"commit": ppdd.commit(), "hardware": platform.machine()}
     print(row, flush=True)
     done = json.loads(out.read_text()) if out.exists() else []
-    out.parent.mkdir(exist_ok=True)
-    temporary = out.with_suffix(".tmp")
     kept = [entry for entry in done if not same(entry, row["settings"], "pictures" in row)]
-    temporary.write_text(json.dumps([*kept, row], indent=1) + "\n")
-    temporary.replace(out)
+    with ppdd.written(out) as temporary:
+        temporary.write_text(json.dumps([*kept, row], indent=1) + "\n")
 
 
 if __name__ == "__main__":

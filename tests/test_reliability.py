@@ -93,11 +93,6 @@ def flags(base, *more):
 
 # ------------------------------------------------------------------------------- kill -9
 
-def commit():
-    said = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True)
-    return said.stdout.strip()
-
-
 def test_a_run_killed_at_any_moment_goes_on_and_ends_bit_for_bit_the_same(base, tmp_path):
     wanted, seed = int(os.environ.get("PPDD_KILLS", 3)), 0
     kills = late = runs = 0
@@ -132,7 +127,7 @@ def test_a_run_killed_at_any_moment_goes_on_and_ends_bit_for_bit_the_same(base, 
         shutil.rmtree(here)
     if "PPDD_KILLS" in os.environ:
         told = {"kills": kills, "of them after the first update": late, "runs": runs,
-                "seed": seed, "equal": True, "commit": commit(),
+                "seed": seed, "equal": True, "commit": ppdd.commit(),
                 "hardware": f"CPU, {platform.machine()}, 1 thread", "torch": torch.__version__,
                 "command": " ".join(["train.py", *(Path(a).name for a in argv)])}
         file = ROOT / "results" / "reliability.json"
