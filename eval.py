@@ -12,8 +12,9 @@
 
 Each writes its result, with its protocol, to a JSON or PNG file. The distance is FID where
 pytorch-fid's Inception weights are found; else it is the same distance between features of a CLIP
-and is called CLIP-FID, which is never to be set beside an FID. Of the miniature it is that as well,
-unless --inception asks for FID.
+and is called CLIP-FID, which is never to be set beside an FID. The miniature's tables have CLIP-FID
+of its own CLIP unless --inception asks for FID; `fid` takes pictures of 64 x 64 for the
+miniature's where Inception is not found, and says so.
 
 Shapes: B pictures, H and W their sides, d features of one, L tokens.
 """
@@ -520,8 +521,7 @@ def _natural(name: str) -> tuple:
 def _is_sheet(path: Path) -> bool:
     try:
         with Image.open(path) as image:
-            return "ppdd" in image.info and (
-                "sheet" in image.info or "parameters" not in image.info)
+            return "ppdd" in image.info and "sheet" in image.info
     except OSError:
         return False
 
@@ -648,7 +648,7 @@ def write_json(path: str | Path, value) -> None:
     """The value as JSON, indented, written aside and renamed."""
     with ppdd.written(path) as temporary:
         text = json.dumps(value, indent=1, allow_nan=False, ensure_ascii=False)
-        temporary.write_text(text + "\n", encoding="utf-8")
+        temporary.write_text(text + "\n", encoding="utf-8", errors="backslashreplace")
 
 
 def save_png(path: Path, image: Image.Image) -> None:
@@ -695,7 +695,7 @@ def finish(file: Path, result: dict, page: str = "") -> None:
     write_json(file, result)
     if page:
         with ppdd.written(file.with_suffix(".md")) as temporary:
-            temporary.write_text(page, encoding="utf-8")
+            temporary.write_text(page, encoding="utf-8", errors="backslashreplace")
     print(page or f"written to {file}")
 
 
@@ -716,6 +716,9 @@ def run_fid(config: Config) -> None:
         picture_files(folder)
     if folders:
         mini = of_miniature(folders[0]) and not find_inception(config.inception)
+        if mini:
+            print("the pictures are 64 x 64: taken for the miniature's, and read by its own CLIP; "
+                  "--inception FILE gives their FID", file=sys.stderr)
         name, features = extractor(config, mini)
     sets = [known.get(path) or measured(config, path, name, features) for path in paths]
     if config.save:
@@ -894,7 +897,10 @@ def passes(nets: Networks) -> dict[str, Arithmetic]:
         "VAE decoder": lambda: nets.vae.decode(z),
         "text encoder": lambda: nets.text(_ids(nets)),
     }
-    return {name: arithmetic(call) for name, call in calls.items()}
+    told = {name: arithmetic(call) for name, call in calls.items()}
+    tiny = told["tiny guide, as computed"]       # Θ_z2 is no layer there: `TinyGuide.read_text`
+    return told | {"tiny guide, as computed": tiny._replace(
+        layers=tiny.layers + nets.tiny.theta_z2.weight.numel())}
 
 
 def tiny_on_maps(tiny: ppdd.TinyGuide, emb: Tensor, c: Tensor, positions: list[int]) -> None:
@@ -955,8 +961,8 @@ def run_table1(config: Config) -> None:
         "GMACs once a picture": {name: once[name].all / 1e9 for name in
                                  ("VAE decoder", "text encoder", "hint encoder")},
     }
-    print(table1_markdown(result))
     finish(result_file(config), result | surroundings(config))
+    print(table1_markdown(result))
 
 
 def table1_rows(nets: Networks, once: dict[str, Arithmetic], with_paper: bool) -> list[dict]:
@@ -1449,9 +1455,10 @@ def fill(config: Config) -> Config:
         repeats=config.repeats or (1 if quick else 3))
     refuse((not all(abs(g) <= 1000 for g in config.g), "--g: numbers; 0 is no guidance, 8 is much"),
            (not 1 <= config.count <= SEED_STEP, f"--count {config.count}: at most {SEED_STEP}"),
-           (config.command == "match" and 0 in config.g, "--g 0 is no guidance: nothing to match"),
-           (min(config.seeds, config.references, config.repeats) < 1,
-            "--seeds, --references and --repeats are at least 1"))
+           (config.command == "match" and any(abs(g) < 0.001 for g in config.g),
+            "--g 0 is no guidance: nothing to match"),
+           (not all(1 <= n <= SEED_STEP for n in (config.references, config.seeds, config.repeats)),
+            f"--seeds, --references and --repeats: from 1 to {SEED_STEP}"))
     return config
 
 
@@ -2077,9 +2084,9 @@ def settle_speed(config: SpeedConfig) -> SpeedConfig:
     """The configuration with what suits the machine in place of what was not given."""
     device = find_device(config.device)
     cpu, mini, quick = device == "cpu", config.size == "mini", config.quick
+    side = (8,) if mini else (64,) if not cpu else (16,) if quick else (32, 64)
     config = replace(
-        config, device=device, side=config.side or ((8,) if mini else (64,) if not cpu else
-                                                    (16,) if quick else (32, 64)),
+        config, device=device, side=config.side or side,
         batch=config.batch or ((1,) if cpu else (1, 4, 16)),
         steps=config.steps or ((2,) if cpu and quick else (8,) if cpu else STEPS),
         rounds=config.rounds or (1 if quick else 3 if cpu else 20))
@@ -2088,6 +2095,7 @@ def settle_speed(config: SpeedConfig) -> SpeedConfig:
            (not all(1 <= b <= 4096 for b in config.batch), "--batch: from 1 to 4096"),
            (not all(1 <= n <= ppdd.TIMESTEPS for n in config.steps), "--steps: from 1 to 1000"),
            (config.rounds < 1, f"--rounds {config.rounds}: at least 1"),
+           (device == "mps", "--device mps: speed is measured on cpu or cuda"),
            (world() > 1, "speed runs in one process: leave out torchrun"))
     return config
 
@@ -2116,20 +2124,19 @@ def speed(config: SpeedConfig) -> None:
             first = side == config.side[0]
             whole = config.device != "cpu" or config.size == "mini" or first
             task.warm_up()
-            races = [(task.parts, first, config)]            # True: a round warms up on a CPU, too
+            races = [(task.parts, config.rounds, first)]         # the last: warmed up on a CPU too
             if whole:
-                long = replace(config, rounds=config.rounds if config.device != "cpu" else
-                               min(config.rounds, 2))
-                races += [(task.pictures, False, long), *(
-                    (partial(task.updates, name, trained), not config.quick, long)
+                few = min(config.rounds, 2) if config.device == "cpu" else config.rounds
+                races += [(task.pictures, few, False), *(
+                    (partial(task.updates, name, trained), few, not config.quick)
                     for name in guides)]
             else:
                 left_out.append(f"whole pictures and updates at {side} × {side}: minutes each on a "
                                 "CPU; they are measured at the side that --side names first")
-            for make, warm, settings in races:
-                calls = make()
+            for make, rounds, warm in races:
+                calls, warm = make(), 3 if config.compile or config.device != "cpu" else warm
                 rows += [speed_row(name, side, batch, told, macs, limit)
-                         for name, told in race(calls, settings, warm).items()]
+                         for name, told in race(calls, config.device, rounds, warm).items()]
                 profiles += [{"what": name, "side": side, "batch": batch,
                               "shares": operators(calls[name], config.device)}
                              for name in PROFILED if name in calls and whole]
@@ -2179,7 +2186,7 @@ def fresh_processes(config: SpeedConfig, base: Base, tiny: nn.Module) -> dict[st
 
         told = race({"import torch, fresh Python": lambda: fresh("-c", "import torch"),
                      f"sample.py, {steps} steps, from start to end": lambda: fresh(script, *words)},
-                    replace(config, rounds=min(config.rounds, 2), device="cpu", compile=False), 0)
+                    "cpu", min(config.rounds, 2), warm=0)
     return {name: entry | {"GiB": None} for name, entry in told.items()}
 
 
@@ -2240,7 +2247,7 @@ class Task:
     def parts(self) -> dict[str, Callable]:
         """One of each; of steps a whole run, as what is computed before them is theirs."""
         base, pipe, z = self.base, self.pipe, self.z.to(self.c.dtype)
-        steps = run_length(self.config)
+        steps = run_length(self.config.device)
         scaled = z / base.vae.config.scale_factor
         ours = {"UNet pass": lambda: base.unet(z, self.t, self.c),
                 "VAE decode": lambda: base.vae.decode(z),
@@ -2322,22 +2329,21 @@ def naive_loss(unet: UNet, guide: nn.Module, z: Tensor, t: Tensor, c: Tensor, em
 
 # -- measuring
 
-def run_length(config: SpeedConfig) -> int:
+def run_length(device: str) -> int:
     """Steps of the run whose time is shared out over them as that of a step."""
-    return 2 if config.device == "cpu" else 8
+    return 2 if device == "cpu" else 8
 
 
-def race(calls: dict[str, Callable], config: SpeedConfig, warm: int = 1) -> dict[str, dict]:
+def race(calls: dict[str, Callable], on: str, rounds: int, warm: int = 1) -> dict[str, dict]:
     """Milliseconds and peak memory of calls that take turns, after `warm` rounds unmeasured.
 
     A turn is a second of calls one after the other, at most ten, but one where it is the first.
     """
-    device, told = torch.device(config.device), {name: {"rounds": []} for name in calls}
-    warm = 3 if config.compile or device.type == "cuda" else warm
+    device, told = torch.device(on), {name: {"rounds": []} for name in calls}
     repeats = dict.fromkeys(calls, 1)
-    for k in tqdm(range(warm + config.rounds), desc=f"{next(iter(calls))} …", leave=False):
+    for k in tqdm(range(warm + rounds), desc=f"{next(iter(calls))} …", leave=False):
         for name, call in calls.items():
-            counted, n = reset_peak(device), run_length(config) if name.endswith(" step") else 1
+            counted, n = reset_peak(device), run_length(on) if name.endswith(" step") else 1
             start = time.perf_counter()
             for _ in range(repeats[name]):
                 call()
@@ -2381,9 +2387,23 @@ def operators(call: Callable, device: str) -> dict[str, float]:
     with torch.autograd.profiler.profile(use_device="cuda" if gpu else None,
                                          use_kineto=gpu) as recorded:
         call()
-    spent = {event.key.removeprefix("aten::"): event.self_device_time_total if gpu else
-             event.self_cpu_time_total for event in recorded.key_averages()}
-    shares = {name: round(time / (sum(spent.values()) or 1), 3) for name, time in spent.items()}
+    return operator_shares(recorded.key_averages(), gpu)
+
+
+def operator_shares(events: Iterable, gpu: bool) -> dict[str, float]:
+    """Shares of the time of a profile's events; on a GPU each kernel's is in two of them.
+
+    They are the operator's and the kernel's own: one of the two is counted, the kernels where a
+    CUDA graph started most of them and so hardly any has an operator.
+    """
+    spent: dict[bool, dict[str, float]] = {True: {}, False: {}}                # is it a kernel?
+    for event in events:
+        kernel = gpu and event.device_type != torch.autograd.DeviceType.CPU
+        spent[kernel][event.key.removeprefix("aten::")] = (
+            event.self_device_time_total if gpu else event.self_cpu_time_total)
+    totals = {kernel: sum(times.values()) for kernel, times in spent.items()}
+    kernel = totals[False] < totals[True] / 2
+    shares = {name: round(time / (totals[kernel] or 1), 3) for name, time in spent[kernel].items()}
     return {name: share for name, share in sorted(shares.items(), key=lambda kv: -kv[1])
             if share >= 0.01}
 
@@ -2394,7 +2414,7 @@ def machine_rates(config: SpeedConfig) -> dict[str, float]:
     a, b = torch.randn(2, n, n, device=config.device).to(dtype_of(config))
     big, other = torch.zeros(2, 2**26 if config.size == "sd15" else 2**23, device=config.device)
     told = race({"matrix": lambda: a @ b, "copy": lambda: big.copy_(other)},
-                replace(config, rounds=1 if config.quick else 5))
+                config.device, 1 if config.quick else 5, warm=3)
     fastest = {name: min(entry["rounds"]) / 1000 for name, entry in told.items()}
     return {"matrix, TFLOP/s": round(2 * n**3 / fastest["matrix"] / 1e12, 4),
             "copy, GB/s, read and written": round(2 * big.nbytes / fastest["copy"] / 1e9, 2)}
@@ -2628,6 +2648,9 @@ def main(argv: list[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
     kind, decide = (SpeedConfig, settle_speed) if argv[:1] == ["speed"] else (Config, settle)
     parser = command_line(kind)
+    for stream in (sys.stdout, sys.stderr):                  # a name may hold what it can't print
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
     given = {k: tuple(v) if isinstance(v, list) else v
              for k, v in vars(parser.parse_intermixed_args(argv)).items()}
     for f in fields(kind):                                   # argparse makes a list of --seed=--
@@ -2638,8 +2661,6 @@ def main(argv: list[str] | None = None) -> None:
         COMMANDS[config.command](config)
     except KeyboardInterrupt:
         parser.exit(130, "stopped\n")
-    except torch.cuda.OutOfMemoryError:
-        parser.error("out of GPU memory: pass a smaller --batch")
     except OSError as error:
         named = error.filename2 or error.filename or "a file"
         parser.error(f"{named}: {error.strerror or error}")
@@ -2647,6 +2668,10 @@ def main(argv: list[str] | None = None) -> None:
         parser.error(str(error))
     except torch._dynamo.exc.TorchDynamoException as error:
         parser.error(f"--compile can't be used here, leave it out ({str(error).splitlines()[0]})")
+    except (MemoryError, RuntimeError) as error:
+        if not ppdd.out_of_memory(error):
+            raise
+        parser.error("out of memory: pass a smaller --batch")
 
 
 if __name__ == "__main__":

@@ -1308,9 +1308,12 @@ def stopped(run: Run | None, argv: list[str] | None) -> str:
     given = sys.argv[1:] if argv is None else argv
     words = [w for w in given if w != "--resume"]
     words += ["--resume"] * bool(states or "--resume" in given)
-    start = f"torchrun --nproc_per_node={world()}" if world() > 1 else "python"
-    command = shlex.join([*start.split(), "train.py", *words])
-    return f"stopped{f', saved in {states[-1]}' if states else ''}; go on with: {command}"
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", world()))
+    # Without -- torchrun takes --run for an abbreviation of a flag of its own.
+    start = ["torchrun", f"--nproc_per_node={here}", "--"] if world() > 1 else ["python"]
+    more = " (and torchrun's other flags as before, on every node)" * (here < world())
+    return (f"stopped{f', saved in {states[-1]}' if states else ''}; go on with: "
+            f"{shlex.join([*start, 'train.py', *words])}{more}")
 
 
 if __name__ == "__main__":

@@ -4,8 +4,9 @@ Each row is one short run of train.py on the miniature with one setting changed,
 of the correction that its last updates leave unexplained. With --remedies the rows change what a
 guide is trained on or for, and are judged by their pictures too: how many have every attribute as
 asked, at two values of g. With --few the bundled guides for 8 steps are halved on, to 4 and 2, and
-set beside what CFG and they themselves do in as few. Rows that are there already are kept, unless
-the judge or the guide that they begin with has changed.
+set beside what CFG and they themselves do in as few. Flags of train.py may follow; rows of other
+flags are other rows. A row that is there already is kept, unless the judge or the guide that it
+begins with has changed.
 """
 
 from __future__ import annotations
@@ -76,7 +77,7 @@ def few(out: Path, updates: int, more: list[str]) -> None:
         row = {"guide": kind, "init": path, "start-steps": "8", "end-steps": "2"}
         wanted = [row | {"updates": updates, "steps": steps, "sampled": name}
                   for steps in (4, 2) for name in ("made", "init")]
-        wanted = [settings for settings in wanted if lacking(out, settings, True)]
+        wanted = [settings for settings in wanted if lacking(out, settings, True, more)]
         with tempfile.TemporaryDirectory() as folder:
             if any(settings["sampled"] == "made" for settings in wanted):
                 train(row, updates, more, folder)
@@ -115,7 +116,7 @@ def main() -> None:
     rows = HALVING if options.halving else REMEDIES if options.remedies else ROWS
     for row in rows:
         settings = row | {"updates": options.updates}
-        if lacking(out, settings, options.remedies):
+        if lacking(out, settings, options.remedies, more):
             with tempfile.TemporaryDirectory() as folder:
                 share = round(train(row, options.updates, more, folder), 4)
                 pictures = judged(Path(folder) / "mini" / "tiny.safetensors") \
@@ -123,17 +124,18 @@ def main() -> None:
             keep(out, {"settings": settings, "flags": more, "unexplained": share, **pictures})
 
 
-def lacking(out: Path, settings: dict, with_pictures: bool) -> bool:
+def lacking(out: Path, settings: dict, with_pictures: bool, flags: list[str] = ()) -> bool:
     """Whether the file has no such row, or one of another judge, or of another guide to begin with.
     """
     done = json.loads(out.read_text()) if out.exists() else []
     now = start_of(settings) | ({"judge": judge_hash()} if with_pictures else {})
-    return not any(same(entry, settings, with_pictures) and
+    return not any(same(entry, settings, with_pictures, flags) and
                    all(entry.get(k) == v for k, v in now.items()) for entry in done)
 
 
-def same(entry: dict, settings: dict, with_pictures: bool) -> bool:
-    return entry["settings"] == settings and ("pictures" in entry) == with_pictures
+def same(entry: dict, settings: dict, with_pictures: bool, flags: list[str]) -> bool:
+    return (entry["settings"] == settings and ("pictures" in entry) == with_pictures
+            and list(entry.get("flags", flags)) == list(flags))   # the first rows do not tell them
 
 
 def start_of(settings: dict) -> dict:
@@ -147,7 +149,8 @@ def keep(out: Path, row: dict) -> None:
     row |= start_of(row["settings"]) | {"commit": ppdd.commit(), "hardware": platform.machine()}
     print(row, flush=True)
     done = json.loads(out.read_text()) if out.exists() else []
-    kept = [entry for entry in done if not same(entry, row["settings"], "pictures" in row)]
+    kept = [entry for entry in done
+            if not same(entry, row["settings"], "pictures" in row, row.get("flags", []))]
     with ppdd.written(out) as temporary:
         temporary.write_text(json.dumps([*kept, row], indent=1) + "\n")
 

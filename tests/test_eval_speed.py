@@ -5,6 +5,7 @@ import statistics
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -114,7 +115,7 @@ def test_calls_take_turns_and_the_first_round_only_warms_up(monkeypatch):
     order, wait = [], iter([9, 9, 1, 1, 2, 2, 6, 6])
     monkeypatch.setattr(tables.time, "perf_counter", lambda: sum(order))
     calls = {name: lambda: order.append(next(wait)) for name in ("a", "a step")}
-    told = tables.race(calls, settled("--rounds", "3"))
+    told = tables.race(calls, "cpu", rounds=3)
     assert told["a"]["rounds"] == [1000, 2000, 6000] and told["a"]["ms"] == 2000
     assert told["a"]["quartiles"] == [1500, 4000]
     assert told["a step"]["rounds"] == [500, 1000, 3000]     # of a run of two steps on a CPU
@@ -197,6 +198,21 @@ def test_defaults_by_machine(monkeypatch):
     assert plans["sd15", "cpu", True] == ((16,), (1,), (2,), 1)
     assert plans["sd15", "cuda", False] == ((64,), (1, 4, 16), (8, 16, 50), 20)
     assert plans["mini", "cpu", False] == ((8,), (1,), (8,), 3)
+
+
+def test_on_a_gpu_each_kernel_counts_once():
+    def event(key, device, us):
+        return SimpleNamespace(key=key, device_type=getattr(torch.autograd.DeviceType, device),
+                               self_device_time_total=us, self_cpu_time_total=1)
+
+    kernels = [event("gemm", "CUDA", 30), event("add_kernel", "CUDA", 10)]
+    operators = [event("aten::mm", "CPU", 30), event("aten::add", "CPU", 10),
+                 event("cudaLaunchKernel", "CPU", 0)]
+    assert tables.operator_shares(kernels + operators, True) == {"mm": 0.75, "add": 0.25}
+    graph = [*kernels, event("aten::copy_", "CPU", 1), event("cudaGraphLaunch", "CPU", 0)]
+    assert tables.operator_shares(graph, True) == {"gemm": 0.75, "add_kernel": 0.25}
+    assert tables.operator_shares(operators, False) == {
+        "mm": 0.333, "add": 0.333, "cudaLaunchKernel": 0.333}
 
 
 def test_a_first_picture_that_fails_is_no_time():

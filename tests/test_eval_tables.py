@@ -1,5 +1,6 @@
 """eval.py's tables and figures: what a command leaves, and what a second one makes of it."""
 
+import io
 import json
 import os
 import random
@@ -291,7 +292,9 @@ def test_sentences(here, capsys, monkeypatch):
     assert "table2" in refusal(capsys, "quality")
     assert "multiple of" in refusal(capsys, "table2", "--size", "60")
     assert "--seeds" in refusal(capsys, "table2", "--seeds", "-1")
+    assert "from 1 to" in refusal(capsys, "table2", "--references", "1000000000000")
     assert "nothing to match" in refusal(capsys, "match", "--g", "0")
+    assert "nothing to match" in refusal(capsys, "match", "--g", "8", "1e-9")
     Path("results").mkdir()
     Path("results/table2.json").write_text("{}")
     assert "move it away" in refusal(capsys, "table2", *FEW)
@@ -306,6 +309,29 @@ def test_sentences(here, capsys, monkeypatch):
     assert "--real is needed" in refusal(capsys, "table2", "--prompts", "p.txt", "--size", "64")
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     assert "pip install matplotlib" in refusal(capsys, "quality")
+
+
+def test_full_memory_is_a_sentence_and_a_bug_is_not(here, capsys, monkeypatch):
+    def fails(config):
+        raise error
+
+    monkeypatch.setitem(tables.COMMANDS, "match", fails)
+    for error in (MemoryError(), torch.OutOfMemoryError("CUDA"), RuntimeError(
+            "DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes.")):
+        assert "out of memory: pass a smaller --batch" in refusal(capsys, "match")
+    error = RuntimeError("shapes differ")
+    with pytest.raises(RuntimeError, match="shapes differ"):
+        tables.main(["match"])
+
+
+def test_names_that_no_encoding_has_are_written_and_printed(here, monkeypatch):
+    name = os.fsdecode(b"a\xff")
+    monkeypatch.setitem(tables.COMMANDS, "match", lambda config: tables.finish(
+        Path("r.json"), {"folder": name}, f"{name} Θ\n"))
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding="latin-1"))
+    tables.main(["match"])
+    assert json.loads(Path("r.json").read_text())["folder"] == name
+    assert Path("r.md").read_text(encoding="utf-8") == "a\\udcff Θ\n"
 
 
 def test_accuracy_is_the_judge_s(here, monkeypatch):

@@ -123,6 +123,9 @@ def test_rows_are_made_once_and_again_where_what_they_rest_on_has_changed(tmp_pa
     assert {row["judge"] for row in rows("--few")} == {"another"} and not trained
     assert len(rows("--halving")) == 14 and len(trained) == 4
     assert len(rows("--halving")) == 14 and not trained
+    assert len(rows("--halving", "--seed", "1")) == 18 and len(trained) == 4
+    assert len(rows("--halving", "--seed", "1")) == 18 and not trained
+    out.write_text(json.dumps([row for row in rows("--halving") if not row.get("flags")]))
     monkeypatch.setattr(ppdd, "fingerprint", lambda path: "other guides")
     assert len(rows("--halving")) == 14 and len(trained) == 4
     assert len(rows("--remedies")) == 14 + 2 + len(tune.REMEDIES) and len(trained) == len(

@@ -11,6 +11,7 @@ import os
 import platform
 import random
 import resource
+import shlex
 import shutil
 import signal
 import socket
@@ -29,6 +30,7 @@ from safetensors.torch import load_file
 from test_data import fill
 from test_eval_tables import FEW, PLAIN, STEPS
 from test_train import base, guides, here, run, states
+from torch.distributed.run import get_args_parser
 
 import eval as tables
 import ppdd
@@ -321,8 +323,15 @@ def test_what_is_said_on_a_stop_starts_the_same_run_again(base, monkeypatch):
     assert train.stopped(None, ["--resume", "--run", "a b"]).endswith(
         "python train.py --run 'a b' --resume")
     assert "--resume" not in train.stopped(None, [])
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    assert train.stopped(None, []).endswith("torchrun --nproc_per_node=2 train.py")
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    flags, torchrun = ["--run", "a b", "--guide", "full"], get_args_parser()
+    assert "other flags" not in train.stopped(None, flags)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    said = train.stopped(None, flags).partition("go on with: ")[2]
+    assert said.endswith(" (and torchrun's other flags as before, on every node)")
+    words = torchrun.parse_args(shlex.split(said.partition(" (")[0])[1:])
+    assert words.nproc_per_node == "2" and words.training_script == "train.py"
+    assert words.training_script_args == flags
 
 
 def test_a_process_that_never_comes_is_said_in_a_sentence(monkeypatch):
