@@ -107,7 +107,7 @@ class Config:
     size: str = option("", "side of the pictures; default: 512, the miniature's 64; table1: mini "
                            "for the miniature, default: Stable Diffusion 1.5")
     device: str = option("", "cuda or cpu; default: cuda where there is one")
-    dtype: str = option("auto", "of the base; auto: bf16 on CUDA, else fp32",
+    dtype: str = option("auto", "of the base; auto: bf16 on CUDA, fp16 if it is old, else fp32",
                         choices=("auto", "fp32", "bf16", "fp16"))
     skip_bad: bool = option(False, "leave out pictures that can't be read")
     guides: tuple[str, ...] = option((), "tables: more guides, by name (tiny-product-8) or file")
@@ -1436,9 +1436,8 @@ def load(config: Config, path: Path) -> Base:
 
 
 def dtype_of(config: Config) -> torch.dtype:
-    """The base's and the guides'; auto is bf16 on CUDA, else fp32."""
-    auto = "bf16" if config.device.startswith("cuda") else "fp32"
-    return DTYPES[auto if config.dtype == "auto" else config.dtype]
+    """The base's and the guides'."""
+    return DTYPES[ppdd.auto_dtype(config.device) if config.dtype == "auto" else config.dtype]
 
 
 def fill(config: Config) -> Config:
@@ -2072,7 +2071,8 @@ class SpeedConfig:
     rounds: int = option(0, "how often everything is measured; 0: 20; on a CPU 3, with "
                             "--quick 1")
     device: str = option("", "cuda or cpu; default: cuda where there is one")
-    dtype: str = option("auto", "dtype of all networks; auto: bf16 on CUDA, else fp32",
+    dtype: str = option("auto", "dtype of all networks; auto: bf16 on CUDA, fp16 if it is "
+                                "old, else fp32",
                         choices=("auto", *DTYPES))
     compile: bool = option(False, "torch.compile, for us and the peer alike")
     peer: bool = option(False, "diffusers beside it, with the same weights")
@@ -2648,9 +2648,7 @@ def main(argv: list[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
     kind, decide = (SpeedConfig, settle_speed) if argv[:1] == ["speed"] else (Config, settle)
     parser = command_line(kind)
-    for stream in (sys.stdout, sys.stderr):                  # a name may hold what it can't print
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")
+    ppdd.print_any_name()
     given = {k: tuple(v) if isinstance(v, list) else v
              for k, v in vars(parser.parse_intermixed_args(argv)).items()}
     for f in fields(kind):                                   # argparse makes a list of --seed=--

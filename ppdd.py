@@ -23,6 +23,7 @@ import json
 import math
 import os
 import subprocess
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
@@ -727,6 +728,20 @@ def commit() -> str:
     return asked.stdout.strip() or "unknown"
 
 
+def print_any_name() -> None:
+    """Has stdout and stderr escape what their encoding lacks: names of files may hold that."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def auto_dtype(device: torch.device | str) -> str:
+    """What suits a device: bf16 on a GPU with units for it, fp16 on an older one, else fp32."""
+    if torch.device(device).type != "cuda":
+        return "fp32"
+    return "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "fp16"    # from Ampere
+
+
 def out_of_memory(error: BaseException) -> bool:
     """Whether an error says that there is no memory left, on a GPU or on a CPU."""
     full = isinstance(error, (torch.OutOfMemoryError, MemoryError))
@@ -770,3 +785,5 @@ def load_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor])
             state.setdefault(int(i), {})[k] = value
     groups = optimizer.state_dict()["param_groups"]
     optimizer.load_state_dict({"state": state, "param_groups": groups})
+    for p, entry in optimizer.state.items():     # laid out as p is, or the updates are slower
+        entry |= {k: torch.empty_like(p).copy_(v) for k, v in entry.items() if v.shape == p.shape}

@@ -65,7 +65,7 @@ class Config:
     lora: tuple[str, ...] = option((), "LoRA files to merge into the base: FILE or FILE:scale")
     guides: str = option("", "folder to look for guides in before guides/ and mini/guides/")
     device: str = option("", "cuda or cpu; default: cuda where there is one")
-    dtype: str = option("auto", "auto: bf16 on CUDA, else fp32",
+    dtype: str = option("auto", "auto: bf16 on CUDA, fp16 on GPUs older than Ampere, else fp32",
                         choices=("auto", "fp32", "bf16", "fp16"))
     batch: int = option(8, "pictures sampled together")
     out: str = option("out", "folder of the pictures; nothing in it is overwritten")
@@ -258,10 +258,10 @@ def settle(config: Config) -> Config:
             raise BadInput(f"{here} processes and {torch.cuda.device_count()} GPUs: start at most "
                            "one process a GPU, or pass --device cpu")
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    auto = "bf16" if device.startswith("cuda") else "fp32"
+    check_device(device)
     read = read_prompts(config.prompts) if config.prompts else ()
     return replace(config, prompt=(*config.prompt, *read), prompts="", device=device,
-                   dtype=auto if config.dtype == "auto" else config.dtype,
+                   dtype=ppdd.auto_dtype(device) if config.dtype == "auto" else config.dtype,
                    g=0.0 if config.guide == "none" and not config.compare else config.g)
 
 
@@ -293,7 +293,6 @@ def check(config: Config) -> None:
     if not named:
         ppdd.read_about(path_of(config.guide))
     sides(config.size or "512")
-    check_device(config.device)
 
 
 def check_device(name: str) -> None:
@@ -394,7 +393,8 @@ def about(path: Path) -> dict:
 
 def export(config: Config, base: Base, folder: Path) -> None:
     """Writes a full guide as the ControlNet it is."""
-    method = find_method(config, base, config.guide)
+    exact = replace(config, dtype="fp32", device="cpu")              # to be rounded only once
+    method = find_method(exact, base, config.guide)
     if method.kind != "full":
         raise BadInput(f"--export: {method.name} is not a full guide, and only that is a "
                        "ControlNet; for a tiny one see ppdd.residuals")
@@ -661,9 +661,7 @@ def command_line() -> Parser:
 
 def main(argv: list[str] | None = None) -> None:
     parser = command_line()
-    for stream in (sys.stdout, sys.stderr):                  # a name may hold what it can't print
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")
+    ppdd.print_any_name()
     given = parser.parse_args(argv)
     values = {k: tuple(v) if isinstance(v, list) else v for k, v in vars(given).items()}
     for f in fields(Config):                                 # argparse makes a list of --steps=--

@@ -115,7 +115,7 @@ class Config:
                              "0: its last weights")
     seed: int = option(0, "seed of everything")
     device: str = option("", "cuda or cpu; default: cuda where there is one")
-    dtype: str = option("auto", "autocast; auto: bf16 on CUDA, none on CPU",
+    dtype: str = option("auto", "autocast; auto: bf16 on GPUs that have it, else none",
                         choices=("auto", "fp32", "bf16"))
     compile: bool = option(False, "torch.compile the base; needs a C++ compiler on a CPU")
     out: str = option("guides", "finished guides go to OUT/BASE")
@@ -165,7 +165,7 @@ def complete(config: Config, base: Base) -> Config:
 def check(config: Config) -> None:
     """Raises BadInput for settings that cannot work, before anything is loaded."""
     low, high = config.g_range
-    device = re.fullmatch(r"cpu|(cuda)(:([0-9]))?|", config.device)
+    device = re.fullmatch(r"cpu|(cuda)(:([0-9]{1,3}))?|", config.device)
     for wrong, sentence in (
         (not (0 <= low <= high < 100 and high > 0),
          f"--g-range {low:g} {high:g}: give LOW <= HIGH, from 0 to 100, and not both 0"),
@@ -191,6 +191,8 @@ def check(config: Config) -> None:
         (not 0 <= config.seed < 2**31, f"--seed {config.seed}: from 0 to 2147483647"),
         (not _halves(config.start_steps, config.end_steps), "--start-steps must be --end-steps "
          "times a power of two, at most 1000: 64 and 8, for example"),
+        (config.uncond != config.uncond.encode(errors="ignore").decode(),
+         "--uncond holds bytes that are not text"),
         (not device, f"--device {config.device}: cpu, cuda or cuda:0, cuda:1, …"),
         (device and device[1] and int(device[3] or 0) >= torch.cuda.device_count(),
          f"--device {config.device}: no such CUDA device here; leave it out or pass cpu"),
@@ -318,7 +320,12 @@ Example = tuple[str, int, int, str]
 
 def in_folder(folder: str, skip: Callable) -> Iterator[Example]:
     """Pictures with .txt or .caption beside them, what a metadata file lists, and tar shards."""
-    for root, inside, names in os.walk(folder):
+    seen: set[str] = set()
+    for root, inside, names in os.walk(folder, followlinks=True):
+        if (real := os.path.realpath(root)) in seen:                          # a link in a circle
+            inside.clear()
+            continue
+        seen.add(real)
         inside.sort()
         there, table = set(names), [n for n in METADATA if n in names]
         if table:
@@ -336,7 +343,7 @@ def in_folder(folder: str, skip: Callable) -> Iterator[Example]:
 
 
 def in_table(file: str, skip: Callable) -> Iterator[Example]:
-    """A metadata.jsonl or metadata.csv with `file_name`, from the table's folder on, and `text`."""
+    """A .jsonl or .csv with `file_name`, from the table's folder on, and `text`."""
     with open(file, encoding="utf-8-sig", errors="replace", newline="") as lines:
         rows = (csv.DictReader(lines) if file.endswith(".csv") else
                 (json.loads(line) for line in lines if line.strip()))
@@ -412,7 +419,7 @@ def in_prompts(file: str, skip: Callable) -> Iterator[Example]:
     """Prompts, one a line, without pictures: for the teacher's own sampling."""
     with open(file, encoding="utf-8-sig", errors="replace") as lines:
         for line in lines:
-            if "\0" in line:
+            if "\0" in line or file.endswith((".tsv", ".parquet")):
                 raise BadInput(f"--data {file} is not text: {DATA}")
             if line.strip():
                 yield "", 0, 0, line.strip()
@@ -423,7 +430,7 @@ def reader(given: str) -> Callable[[str, Callable], Iterator[Example]]:
     path = Path(given)
     if path.is_dir():
         return in_folder
-    if path.name in METADATA and path.is_file():
+    if path.suffix in (".jsonl", ".csv") and path.is_file():
         return in_table
     if path.suffix == ".json" or ".json:" in given:
         return in_coco
@@ -913,7 +920,8 @@ class Run:
         noise, t, g = self.draw(stage, generator)
         target = torch.zeros_like(self.walk["z"])
         told = torch.zeros(len(t), len(TOLD), dtype=torch.float64, device=self.device)
-        bf16 = {"auto": self.device.type == "cuda", "fp32": False, "bf16": True}[self.config.dtype]
+        wanted = self.config.dtype
+        bf16 = (ppdd.auto_dtype(self.device) if wanted == "auto" else wanted) == "bf16"
         autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=bf16)
         self.optimizer.zero_grad(set_to_none=True)
         for slots, (rows, pictures) in zip(self.parts, self.pictures(stage)):
@@ -1161,8 +1169,10 @@ class Run:
     def refuse_other_settings(self, state: dict) -> None:
         free = {"resume", "save_every", "grid_every", "device", "compile", "max_updates", "lr",
                 "halving_lr", "updates", "halving_updates", "dtype", "out", "init", "further",
-                "weights", "keep", "accumulate", "cache", "checkpointing", "pictures"}
+                "weights", "keep", "accumulate", "cache", "checkpointing", "pictures", "run",
+                "lora"}                                     # what they hold is looked at below
         now, before = json.loads(json.dumps(asdict(self.config))), state["config"]
+        now["data"], before["data"] = bool(now["data"]), bool(before["data"])
         changed = [k for k in now if k not in free and before.get(k) != now[k]]
         if changed:
             raise BadInput(f"{self.folder} was begun with another {', '.join(changed)}: "
@@ -1239,6 +1249,8 @@ def begin(config: Config, base: Base) -> Run:
     data = load_data(config, base)
     if not data.pictured:
         config = replace(config, trajectories=1.0)
+        if rank() == 0:
+            print(f"{len(data)} prompts without pictures: training on what the base itself paints")
     if config.checkpointing:
         for block in base.unet.output_blocks:
             block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
@@ -1274,6 +1286,7 @@ def load_data(config: Config, base: Base) -> Postcards | Pictures:
 
 
 def main(argv: list[str] | None = None) -> None:
+    ppdd.print_any_name()
     config, run = parse(argv), None
     warnings.simplefilter("error", Image.DecompressionBombWarning)       # such a picture is skipped
     try:

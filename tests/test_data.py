@@ -73,6 +73,25 @@ def test_a_folder_gives_pictures_with_txt_or_caption_beside_them(loaded, tmp_pat
     assert texts == ["one", "zwei ü", "three"] and data.pictured == 3
 
 
+def test_linked_folders_are_read_and_circles_end(loaded, tmp_path):
+    fill(tmp_path / "elsewhere", ["one"])
+    fill(tmp_path / "set", ["two"])
+    (tmp_path / "set" / "linked").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere" / "back").symlink_to(tmp_path / "set")
+    assert captions(loaded, tmp_path / "set")[0] == ["two", "one"]
+
+
+def test_a_table_by_any_name_is_no_list_of_prompts(loaded, tmp_path):
+    fill(tmp_path, ["not this"])
+    (tmp_path / "mine.jsonl").write_text('{"file_name": "000.png", "text": "this"}\n')
+    texts, data = captions(loaded, tmp_path / "mine.jsonl")
+    assert texts == ["this"] and data.pictured == 1
+    for name in ("mine.csv", "mine.tsv"):
+        (tmp_path / name).write_text("id\tprompt\n1\ta tree\n")
+        with pytest.raises(train.BadInput, match=name):
+            captions(loaded, tmp_path / name)
+
+
 @pytest.mark.parametrize("kind, given", [
     ("jsonl", "set"), ("jsonl", "set/metadata.jsonl"), ("csv", "set"), ("csv", "set/metadata.csv")])
 def test_metadata_lists_pictures_and_captions(loaded, tmp_path, kind, given):

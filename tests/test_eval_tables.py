@@ -313,13 +313,13 @@ def test_sentences(here, capsys, monkeypatch):
 
 def test_full_memory_is_a_sentence_and_a_bug_is_not(here, capsys, monkeypatch):
     def fails(config):
-        raise error
+        raise errors.pop()
 
+    errors = [RuntimeError("shapes differ"), MemoryError(), torch.OutOfMemoryError("CUDA"),
+              RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to …")]
     monkeypatch.setitem(tables.COMMANDS, "match", fails)
-    for error in (MemoryError(), torch.OutOfMemoryError("CUDA"), RuntimeError(
-            "DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes.")):
+    while len(errors) > 1:
         assert "out of memory: pass a smaller --batch" in refusal(capsys, "match")
-    error = RuntimeError("shapes differ")
     with pytest.raises(RuntimeError, match="shapes differ"):
         tables.main(["match"])
 

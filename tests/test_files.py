@@ -381,6 +381,15 @@ def test_an_exported_guide_has_the_names_that_other_tools_look_for(exported):
     assert theirs.config.attention_head_dim == config["attention_head_dim"]
 
 
+def test_an_export_is_rounded_once(exported, monkeypatch):
+    monkeypatch.setattr(ppdd, "auto_dtype", lambda device: "bf16")
+    sample.main(["--guide", "full", "--weights", "mini", "--export", str(exported / "again")])
+    guide = load_file(BUNDLED / "full-8.safetensors")
+    for folder in (exported, exported / "again"):
+        single = load_file(folder / "full-8-controlnet.safetensors")
+        assert all(torch.equal(single[f"control_model.{k}"], v) for k, v in guide.items())
+
+
 def test_only_a_full_guide_is_exported(here, capsys):  # noqa: F811
     said = refusal(capsys, "--guide", "tiny", "--export", "there")
     assert "not a full guide" in said and not list(Path("there").iterdir())

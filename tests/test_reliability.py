@@ -452,7 +452,8 @@ def test_parts_and_checkpointing_leave_the_gradient_as_it_is(base, here, more):
 
 # ------------------------------------------------------------------------------- odd flags
 
-ODD = ["0", "-1", "nan", "inf", "1e9", "1000000000", "text", "", "é\n", "/proc/nowhere/x"]
+ODD = ["0", "-1", "nan", "inf", "1e9", "1000000000", "text", "", "é\n", "/proc/nowhere/x",
+       os.fsdecode(b"\xff")]
 
 
 def test_absurd_values_end_in_a_sentence_or_are_right(base, here, capsys, monkeypatch):

@@ -461,6 +461,7 @@ def test_each_process_has_a_gpu_and_its_pictures_do_not_say_which(capsys, monkey
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
     assert sample.settle(sample.Config()).device == "cuda" and chosen == [3]
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert "4 processes and 2 GPUs: start at most one" in refusal(capsys)

@@ -9,6 +9,7 @@ import torch
 from conftest import randomised
 from PIL import Image
 from safetensors.torch import load_file
+from torch import nn
 
 import ppdd
 import train
@@ -110,6 +111,30 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(base, here, monke
     logs = [[{k: v for k, v in json.loads(line).items() if k != "time"} for line in path.open()]
             for path in (here / "runs/toy/tiny/log.jsonl", here / "whole-run/log.jsonl")]
     assert logs[0] == logs[1]
+
+
+def test_a_run_goes_on_where_its_folder_was_moved_to(base, here):
+    train.prepare(train.parse(["--weights", str(base), "--pictures", "40", "--run", "a", "--device",
+                               "cpu"])).save()
+    Path("a").rename("b")
+    again = train.prepare(train.parse(["--weights", str(base), "--pictures", "40", "--resume",
+                                       "--run", f"{here}/b/", "--device", "cpu"]))
+    assert again.folder.samefile("b")
+
+
+def test_an_optimisers_state_comes_back_as_its_weights_are_laid_out():
+    layer = nn.Conv2d(4, 4, 3).to(memory_format=torch.channels_last)
+    states = []
+    for optimizer in (torch.optim.AdamW(layer.parameters()), torch.optim.AdamW(layer.parameters())):
+        if states:
+            ppdd.load_optimizer(optimizer, {k: v.contiguous() for k, v in states[0].items()})
+        else:
+            layer(torch.randn(2, 4, 8, 8)).sum().backward()
+            optimizer.step()
+        states.append(ppdd.optimizer_tensors(optimizer))
+    assert all(torch.equal(states[1][k], v) for k, v in states[0].items())
+    moment = optimizer.state[layer.weight]["exp_avg"]
+    assert moment.stride() == layer.weight.stride() != moment.contiguous().stride()
 
 
 def test_an_unfinished_run_is_not_overwritten_nor_resumed_with_other_settings(base, here, capsys):
