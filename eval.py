@@ -2249,14 +2249,14 @@ class Task:
         base, pipe, z = self.base, self.pipe, self.z.to(self.c.dtype)
         steps = run_length(self.config.device)
         scaled = z / base.vae.config.scale_factor
-        ours = {"UNet pass": lambda: base.unet(z, self.t, self.c),
-                "VAE decode": lambda: base.vae.decode(z),
-                "text encoding": lambda: base.text(self.ids)}
-        theirs = {"UNet pass": lambda: pipe.unet(z, self.t, self.c),
-                  "VAE decode": lambda: pipe.vae.decode(scaled),
-                  "text encoding": lambda: pipe.text_encoder(self.ids)} if pipe else {}
-        pairs = ({name: ours[name], PEER + name: theirs.get(name)} for name in ours)
-        calls = {name: call for pair in pairs for name, call in pair.items() if call}
+        calls = {}
+        for name, ours, theirs in (
+                ("UNet pass", lambda: base.unet(z, self.t, self.c),
+                 lambda: pipe.unet(z, self.t, self.c)),
+                ("VAE decode", lambda: base.vae.decode(z), lambda: pipe.vae.decode(scaled)),
+                ("text encoding", lambda: base.text(self.ids),
+                 lambda: pipe.text_encoder(self.ids))):
+            calls |= {name: ours} | ({PEER + name: theirs} if pipe else {})
         return calls | {f"{method} step": partial(self.sample, method, steps, self.c, self.empty)
                         for method in ("CFG", "full", "tiny")}
 
