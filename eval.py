@@ -2398,6 +2398,8 @@ def operator_shares(events: Iterable, gpu: bool) -> dict[str, float]:
     """
     spent: dict[bool, dict[str, float]] = {True: {}, False: {}}                # is it a kernel?
     for event in events:
+        if getattr(event, "is_user_annotation", False):
+            continue                                 # a span of others, the optimiser's step's
         kernel = gpu and event.device_type != torch.autograd.DeviceType.CPU
         spent[kernel][event.key.removeprefix("aten::")] = (
             event.self_device_time_total if gpu else event.self_cpu_time_total)

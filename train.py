@@ -345,7 +345,7 @@ def in_folder(folder: str, skip: Callable) -> Iterator[Example]:
 def in_table(file: str, skip: Callable) -> Iterator[Example]:
     """A .jsonl or .csv with `file_name`, from the table's folder on, and `text`."""
     with open(file, encoding="utf-8-sig", errors="replace", newline="") as lines:
-        rows = (csv.DictReader(lines) if file.endswith(".csv") else
+        rows = (csv.DictReader(lines) if file.lower().endswith(".csv") else
                 (json.loads(line) for line in lines if line.strip()))
         try:
             for row in rows:
@@ -419,8 +419,8 @@ def in_prompts(file: str, skip: Callable) -> Iterator[Example]:
     """Prompts, one a line, without pictures: for the teacher's own sampling."""
     with open(file, encoding="utf-8-sig", errors="replace") as lines:
         for line in lines:
-            if "\0" in line or file.endswith((".tsv", ".parquet")):
-                raise BadInput(f"--data {file} is not text: {DATA}")
+            if "\0" in line or Path(file).suffix.lower() in (".tsv", ".parquet"):
+                raise BadInput(f"--data {file} is no list of prompts: {DATA}")
             if line.strip():
                 yield "", 0, 0, line.strip()
 
@@ -430,7 +430,7 @@ def reader(given: str) -> Callable[[str, Callable], Iterator[Example]]:
     path = Path(given)
     if path.is_dir():
         return in_folder
-    if path.suffix in (".jsonl", ".csv") and path.is_file():
+    if path.suffix.lower() in (".jsonl", ".csv") and path.is_file():
         return in_table
     if path.suffix == ".json" or ".json:" in given:
         return in_coco
@@ -1149,6 +1149,8 @@ class Run:
         self.recent = [tuple(entry) for entry in state["recent"]]
         self.walk = {k.removeprefix("walk."): v.to(self.device) for k, v in tensors.items()
                      if k.startswith("walk.")}
+        if self.walk:
+            self.walk["row"] %= len(self.data)                          # it may have shrunk since
         for name, module in self.modules():
             module.load_state_dict({k.removeprefix(name): v for k, v in tensors.items()
                                     if k.startswith(name)})
@@ -1170,20 +1172,25 @@ class Run:
         free = {"resume", "save_every", "grid_every", "device", "compile", "max_updates", "lr",
                 "halving_lr", "updates", "halving_updates", "dtype", "out", "init", "further",
                 "weights", "keep", "accumulate", "cache", "checkpointing", "pictures", "run",
-                "lora"}                                     # what they hold is looked at below
+                "lora", "data"}                                     # the base's hash knows these
         now, before = json.loads(json.dumps(asdict(self.config))), state["config"]
-        now["data"], before["data"] = bool(now["data"]), bool(before["data"])
         changed = [k for k in now if k not in free and before.get(k) != now[k]]
+        if bool(now["data"]) != bool(before["data"]):
+            changed.append("data")
         if changed:
             raise BadInput(f"{self.folder} was begun with another {', '.join(changed)}: "
                            "give the same, or another --run")
         if state["base_hash"] != self.base_hash:
             raise BadInput(f"{self.folder} was begun on another base than {self.base.path}: "
                            "give the same --weights, or another --run")
-        if state["data"] != self.data.identity and not self.config.data:
+        other = state["data"] != self.data.identity
+        if other and not self.config.data:
             raise BadInput(f"{self.folder} was begun with other postcards ({state['data']}): give "
                            "--pictures and --max-updates as then")
-        if state["data"] != self.data.identity:
+        if other and list(self.config.data) != state["config"]["data"]:
+            raise BadInput(f"{self.folder} was begun with other --data: give the same, or another "
+                           "--run")
+        if other:
             tqdm.write("the data is not what it was: the run goes on with what is there now")
 
 

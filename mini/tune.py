@@ -77,15 +77,17 @@ def few(out: Path, updates: int, more: list[str]) -> None:
         row = {"guide": kind, "init": path, "start-steps": "8", "end-steps": "2"}
         wanted = [row | {"updates": updates, "steps": steps, "sampled": name}
                   for steps in (4, 2) for name in ("made", "init")]
-        wanted = [settings for settings in wanted if lacking(out, settings, True, more)]
+        wanted = [settings for settings in wanted
+                  if lacking(out, settings, True, more if settings["sampled"] == "made" else ())]
         with tempfile.TemporaryDirectory() as folder:
             if any(settings["sampled"] == "made" for settings in wanted):
                 train(row, updates, more, folder)
             for settings in wanted:
                 steps = settings["steps"]
                 file = Path(folder) / "mini" / f"{kind}-{steps}.safetensors"
-                keep(out, {"settings": settings, "flags": more, **judged(
-                    file if settings["sampled"] == "made" else ROOT / path, steps)})
+                made = settings["sampled"] == "made"
+                keep(out, {"settings": settings, **({"flags": more} if made else {}),
+                           **judged(file if made else ROOT / path, steps)})
 
 
 def bundled(out: Path) -> None:
@@ -135,7 +137,7 @@ def lacking(out: Path, settings: dict, with_pictures: bool, flags: list[str] = (
 
 def same(entry: dict, settings: dict, with_pictures: bool, flags: list[str]) -> bool:
     return (entry["settings"] == settings and ("pictures" in entry) == with_pictures
-            and list(entry.get("flags", flags)) == list(flags))   # the first rows do not tell them
+            and entry.get("flags", []) == list(flags))
 
 
 def start_of(settings: dict) -> dict:

@@ -2,6 +2,8 @@
 
 import json
 import random
+import re
+import shutil
 import sys
 
 import pytest
@@ -130,3 +132,17 @@ def test_rows_are_made_once_and_again_where_what_they_rest_on_has_changed(tmp_pa
     assert len(rows("--halving")) == 14 and len(trained) == 4
     assert len(rows("--remedies")) == 14 + 2 + len(tune.REMEDIES) and len(trained) == len(
         tune.REMEDIES)
+
+
+def test_the_readme_s_comparisons_are_all_in_the_file(tmp_path, monkeypatch):
+    page = ppdd.MINI.parent.parent.joinpath("README.md").read_text(encoding="utf-8")
+    said = re.findall(r"[` ](--[a-z]+(?: --[a-z]+)* [0-9]+ --dtype bf16)`", page)
+    out = tmp_path / "tuning.json"
+    shutil.copy(ppdd.MINI.parent.parent / "results" / "tuning.json", out)
+    before = out.read_bytes()
+    monkeypatch.setattr(tune, "train", lambda *_: pytest.fail("a row is not there"))
+    monkeypatch.setattr(tune, "judged", lambda *_: pytest.fail("a row is not there"))
+    for words in said:
+        monkeypatch.setattr(sys, "argv", ["tune.py", "--out", str(out), *words.split()])
+        tune.main()
+    assert len(said) == 4 and out.read_bytes() == before

@@ -319,6 +319,24 @@ def test_file_systems_without_locks_or_synced_folders_are_gone_on_with(tmp_path,
         train.sync(tmp_path / "lock")
 
 
+def test_a_run_goes_on_with_data_that_shrank_and_with_no_other(base, here, capsys):
+    fill(here / "set", [f"caption {i}" for i in range(9)])
+    fill(here / "other", ["another"])
+    flags = ["--data", "set", "--trajectories", "0.5", "--end-steps", "64"]
+    begun = train.prepare(train.parse(["--weights", str(base), "--batch", "4", "--device", "cpu",
+                                       "--max-updates", "3", "--grid-every", "0", *flags]))
+    begun.step(begun.stages[0])
+    begun.save()
+    begun.held.close()
+    with pytest.raises(SystemExit):
+        run(base, "--resume", "--trajectories", "0.5", "--end-steps", "64", "--data", "other")
+    assert "begun with other --data" in capsys.readouterr().err and states(here)
+    for i in range(1, 9):
+        (here / "set" / f"{i:03d}.png").unlink()
+    run(base, "--resume", *flags)
+    assert set(guides(here)) == {"tiny"} and "not what it was" in capsys.readouterr().out
+
+
 def test_what_is_said_on_a_stop_starts_the_same_run_again(base, monkeypatch):
     assert train.stopped(None, ["--resume", "--run", "a b"]).endswith(
         "python train.py --run 'a b' --resume")
