@@ -417,10 +417,12 @@ def in_coco(given: str, skip: Callable) -> Iterator[Example]:
 
 def in_prompts(file: str, skip: Callable) -> Iterator[Example]:
     """Prompts, one a line, without pictures: for the teacher's own sampling."""
+    if Path(file).suffix.lower() in (".tsv", ".parquet"):
+        raise BadInput(f"--data {file} is a table, not a list of prompts: {DATA}")
     with open(file, encoding="utf-8-sig", errors="replace") as lines:
         for line in lines:
-            if "\0" in line or Path(file).suffix.lower() in (".tsv", ".parquet"):
-                raise BadInput(f"--data {file} is no list of prompts: {DATA}")
+            if "\0" in line:
+                raise BadInput(f"--data {file} is not text: {DATA}")
             if line.strip():
                 yield "", 0, 0, line.strip()
 
