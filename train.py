@@ -1174,11 +1174,9 @@ class Run:
         free = {"resume", "save_every", "grid_every", "device", "compile", "max_updates", "lr",
                 "halving_lr", "updates", "halving_updates", "dtype", "out", "init", "further",
                 "weights", "keep", "accumulate", "cache", "checkpointing", "pictures", "run",
-                "lora", "data"}                                     # the base's hash knows these
+                "lora", "data"}                           # what these hold is looked at below
         now, before = json.loads(json.dumps(asdict(self.config))), state["config"]
         changed = [k for k in now if k not in free and before.get(k) != now[k]]
-        if bool(now["data"]) != bool(before["data"]):
-            changed.append("data")
         if changed:
             raise BadInput(f"{self.folder} was begun with another {', '.join(changed)}: "
                            "give the same, or another --run")
@@ -1186,12 +1184,12 @@ class Run:
             raise BadInput(f"{self.folder} was begun on another base than {self.base.path}: "
                            "give the same --weights, or another --run")
         other = state["data"] != self.data.identity
+        if other and now["data"] != before["data"]:
+            raise BadInput(f"{self.folder} was begun with other --data: give the same, or another "
+                           "--run")
         if other and not self.config.data:
             raise BadInput(f"{self.folder} was begun with other postcards ({state['data']}): give "
                            "--pictures and --max-updates as then")
-        if other and list(self.config.data) != state["config"]["data"]:
-            raise BadInput(f"{self.folder} was begun with other --data: give the same, or another "
-                           "--run")
         if other:
             tqdm.write("the data is not what it was: the run goes on with what is there now")
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import platform
+import re
 import subprocess
 import sys
 import tempfile
@@ -77,17 +78,15 @@ def few(out: Path, updates: int, more: list[str]) -> None:
         row = {"guide": kind, "init": path, "start-steps": "8", "end-steps": "2"}
         wanted = [row | {"updates": updates, "steps": steps, "sampled": name}
                   for steps in (4, 2) for name in ("made", "init")]
-        wanted = [settings for settings in wanted
-                  if lacking(out, settings, True, more if settings["sampled"] == "made" else ())]
+        wanted = [settings for settings in wanted if lacking(out, settings, True, more)]
         with tempfile.TemporaryDirectory() as folder:
             if any(settings["sampled"] == "made" for settings in wanted):
                 train(row, updates, more, folder)
             for settings in wanted:
                 steps = settings["steps"]
                 file = Path(folder) / "mini" / f"{kind}-{steps}.safetensors"
-                made = settings["sampled"] == "made"
-                keep(out, {"settings": settings, **({"flags": more} if made else {}),
-                           **judged(file if made else ROOT / path, steps)})
+                keep(out, {"settings": settings, "flags": more, **judged(
+                    file if settings["sampled"] == "made" else ROOT / path, steps)})
 
 
 def bundled(out: Path) -> None:
@@ -136,8 +135,11 @@ def lacking(out: Path, settings: dict, with_pictures: bool, flags: list[str] = (
 
 
 def same(entry: dict, settings: dict, with_pictures: bool, flags: list[str]) -> bool:
-    return (entry["settings"] == settings and ("pictures" in entry) == with_pictures
-            and entry.get("flags", []) == list(flags))
+    """Flags matter where something was trained, and the device is told as hardware."""
+    before, now = (re.sub(r"--device \S+ ?", "", " ".join(told)).strip()
+                   for told in (entry.get("flags", ()), flags))
+    alike = before == now or settings.get("sampled") == "init"
+    return alike and entry["settings"] == settings and ("pictures" in entry) == with_pictures
 
 
 def start_of(settings: dict) -> dict:

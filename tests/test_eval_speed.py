@@ -208,6 +208,7 @@ def test_on_a_gpu_each_kernel_counts_once():
     kernels = [event("gemm", "CUDA", 30), event("add_kernel", "CUDA", 10)]
     operators = [event("aten::mm", "CPU", 30), event("aten::add", "CPU", 10),
                  event("cudaLaunchKernel", "CPU", 0)]
+    kernels += [SimpleNamespace(is_user_annotation=True)]                # a span of the others
     assert tables.operator_shares(kernels + operators, True) == {"mm": 0.75, "add": 0.25}
     graph = [*kernels, event("aten::copy_", "CPU", 1), event("cudaGraphLaunch", "CPU", 0)]
     assert tables.operator_shares(graph, True) == {"gemm": 0.75, "add_kernel": 0.25}

@@ -24,6 +24,7 @@ from diffusers import (
     AutoencoderKL,
     ControlNetModel,
     DDIMScheduler,
+    PNDMScheduler,
     StableDiffusionControlNetPipeline,
     StableDiffusionPipeline,
 )
@@ -331,10 +332,22 @@ BUNDLED = ppdd.MINI.parent / "guides"
 PROMPTS = ["a big red boat on the sea at sunset", "a tiny yellow tree in the snow"]
 
 
-def ours_of(mini, name: str, g: float):
+def ours_of(mini, name: str, g: float, steps: int = 8):
     guide = ppdd.load_guide(BUNDLED / f"{name}.safetensors", mini.unet.config)
     z, c = ppdd.noise([3, 4], (4, 8, 8)), mini.embed(PROMPTS)
-    return ppdd.sample(mini.unet, z, c, g, 8, guide), z, c, guide
+    return ppdd.sample(mini.unet, z, c, g, steps, guide), z, c, guide
+
+
+@pytest.mark.parametrize("size, aware", [("mini", 2), ("sd15", 12)])
+def test_the_features_that_can_know_the_prompt_are_as_many_as_the_readme_says(mini, size, aware):
+    config = mini.unet.config if size == "mini" else UNetConfig(
+        model_channels=32, context_dim=64, norm_groups=8)
+    guide, g, t = ppdd.build_guide(config, ppdd.GuideConfig(kind="full")), 8.0, torch.tensor([500])
+    for p in guide.parameters():
+        torch.nn.init.normal_(p, std=0.1)
+    z = ppdd.noise([3], (4, 16, 16))
+    told = [guide(torch.tensor([g]), None, c[None], z, t) for c in mini.embed(PROMPTS)]
+    assert sum(not torch.equal(a, b) for a, b in zip(*told)) == aware
 
 
 @pytest.mark.parametrize("g", [8.0, 3.3])
@@ -396,11 +409,16 @@ def test_only_a_full_guide_is_exported(here, capsys):  # noqa: F811
     assert not Path("out").exists()
 
 
-@pytest.mark.parametrize("name", ["tiny-8", "tiny"])
-def test_a_tiny_guide_in_diffusers_own_loop(mini, name):
-    expected, z, c, guide = ours_of(mini, name, 6.0)
-    unet, scheduler = their_unet(mini.unet), DDIMScheduler(**TRAILING)
-    scheduler.set_timesteps(8)
+@pytest.mark.parametrize("name, steps", [("tiny-8", 8), ("tiny", 50)])
+def test_a_tiny_guide_in_diffusers_own_loop(mini, name, steps):
+    """With the scheduler that the README makes of what SD 1.5 comes with."""
+    expected, z, c, guide = ours_of(mini, name, 6.0, steps)
+    shipped = PNDMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear",
+                            skip_prk_steps=True, set_alpha_to_one=False, steps_offset=1)
+    scheduler = DDIMScheduler.from_config(shipped.config, timestep_spacing="trailing",
+                                          set_alpha_to_one=True, clip_sample=False)
+    unet = their_unet(mini.unet)
+    scheduler.set_timesteps(steps)
     with torch.no_grad():
         for t in scheduler.timesteps:
             extra = ppdd.residuals(guide, unet, 6.0, t, c)
