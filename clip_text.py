@@ -1,9 +1,9 @@
 """The text encoder and tokenizer of Stable Diffusion 1.5: those of CLIP ViT-L/14.
 
-A prompt becomes c, the states that condition teacher and student alike.  Both stay frozen.
+A prompt becomes c, the states that condition teacher and student alike. Both stay frozen.
 
-Modules carry the names of the official single-file checkpoint less its prefix: its keys are the
-state dict.
+Modules carry the names of the official single-file checkpoint less its prefix: its keys *are* the
+state dict, and recent folders have the same names.
 
 Shapes: B batch, L tokens (77 as the tokenizer pads them), D width of a token, A heads.
 """
@@ -21,9 +21,10 @@ import torch
 import torch.nn.functional as F
 from torch import LongTensor, Tensor, nn
 
-from unet import Part, build, load_strict, normal, read_checkpoint, read_config
+KEY_PREFIX = "cond_stage_model.transformer."    # of its keys in an official single file
+INNER_PREFIX = "text_model."                    # after that one, in most files but not in all
 
-# ------------------------------------------------------------------------------------ the network
+# ------------------------------------------------------------------------------- the network
 
 
 @dataclass(frozen=True)
@@ -46,13 +47,12 @@ class Embeddings(nn.Module):
 
     def __init__(self, config: TextConfig):
         super().__init__()
-        self.token_embedding, self.position_embedding = (
-            nn.Embedding.from_pretrained(normal(count, config.width), freeze=False)
-            for count in (config.vocab_size, config.positions))
+        self.token_embedding = nn.Embedding(config.vocab_size, config.width)
+        self.position_embedding = nn.Embedding(config.positions, config.width)
 
     def forward(self, ids: Tensor) -> Tensor:
-        positions = self.position_embedding.weight[: ids.shape[1]]                  # (L, D)
-        return self.token_embedding(ids) + positions                                # (B, L, D)
+        positions = self.position_embedding.weight[: ids.shape[1]]            # (L, D)
+        return self.token_embedding(ids) + positions                          # (B, L, D)
 
 
 class Attention(nn.Module):
@@ -68,15 +68,18 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = (self._split(p(x)) for p in (self.q_proj, self.k_proj, self.v_proj))
-        x = F.scaled_dot_product_attention(q, k, v, is_causal=True)                 # (B, A, L, D/A)
-        return self.out_proj(x.transpose(1, 2).flatten(2))                          # (B, L, D)
+        x = F.scaled_dot_product_attention(q, k, v, is_causal=True)           # (B, A, L, D/A)
+        return self.out_proj(x.transpose(1, 2).flatten(2))                    # (B, L, D)
 
     def _split(self, x: Tensor) -> Tensor:
-        return x.unflatten(2, (self.heads, -1)).transpose(1, 2)                     # (B, A, L, D/A)
+        return x.unflatten(2, (self.heads, -1)).transpose(1, 2)               # (B, A, L, D/A)
 
 
 class MLP(nn.Module):
-    """Two linear layers around CLIP's quick GELU, x · sigmoid(1.702 x)."""
+    """Two linear layers around CLIP's quick GELU, x · sigmoid(1.702 x).
+
+    Not PyTorch's GELU: OpenAI trained this CLIP with the approximation.
+    """
 
     def __init__(self, width: int):
         super().__init__()
@@ -84,8 +87,8 @@ class MLP(nn.Module):
         self.fc2 = nn.Linear(4 * width, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.fc1(x)                                                             # (B, L, 4D)
-        return self.fc2(x * torch.sigmoid(1.702 * x))                               # (B, L, D)
+        x = self.fc1(x)                                                       # (B, L, 4 D)
+        return self.fc2(x * torch.sigmoid(1.702 * x))                         # (B, L, D)
 
 
 class Layer(nn.Module):
@@ -118,45 +121,17 @@ class TextEncoder(nn.Module):
         self.final_layer_norm = nn.LayerNorm(config.width)
 
     def forward(self, ids: Tensor) -> Tensor:
-        """Token ids (B, L), int64 -> the states of the last layer, normalised (B, L, D).
+        """Token ids (B, L), int64, to the states of the last layer, normalised (B, L, D).
 
         L is at most `config.positions`.
         """
-        x = self.embeddings(ids)                                                    # (B, L, D)
+        x = self.embeddings(ids)                                              # (B, L, D)
         for layer in self.encoder["layers"]:
-            x = layer(x)                                                            # (B, L, D)
-        return self.final_layer_norm(x)                                             # (B, L, D)
+            x = layer(x)                                                      # (B, L, D)
+        return self.final_layer_norm(x)                                       # (B, L, D)
 
 
-# -------------------------------------------------------------------------------- its checkpoints
-
-PART = Part(
-    "text encoder", ("cond_stage_model.transformer.",), "text_encoder", "model", "text_config"
-)
-UNUSED = {"embeddings.position_ids", "text_projection.weight"}  # in some files, and no use here
-
-
-def load_text_encoder(
-    path: str | Path,
-    dtype: torch.dtype = torch.float32,
-    device: torch.device | str = "cpu",
-    config: TextConfig | None = None,
-) -> TextEncoder:
-    """The frozen text encoder of the checkpoint at `path`, single file or folder, in eval mode.
-
-    Its sizes are `config`, else those stored in the file, else Stable Diffusion 1.5's.
-    Raises unet.CheckpointError where the checkpoint is not what it should be.
-    """
-    tensors, stored = read_checkpoint(path, PART)
-    tensors = {name.removeprefix("text_model."): t for name, t in tensors.items()}
-    tensors = {name: t for name, t in tensors.items() if name not in UNUSED}
-    config = config or read_config(TextConfig, stored, path)
-    encoder = build(lambda: TextEncoder(config), path).to(dtype)
-    load_strict(encoder, tensors, path, device)
-    return encoder.eval().requires_grad_(False)
-
-
-# ---------------------------------------------------------------------------------- the tokenizer
+# ------------------------------------------------------------------------------- the tokenizer
 
 LENGTH = 77  # tokens of every prompt, with START and END
 START, END = 49406, 49407  # the last two ids of the vocabulary
@@ -168,23 +143,24 @@ class Tokenizer:
     """CLIP's byte-level BPE, with the vocabulary file inside open_clip_torch.
 
     Text is composed (NFC) and lower-cased, then cut into runs of letters, single digits, runs of
-    punctuation and English contractions; whitespace only separates.  The UTF-8 bytes of each piece
-    are merged pair by pair.  HTML entities and wrongly decoded characters stay as they are written.
+    punctuation and English contractions; whitespace only separates. The UTF-8 bytes of each piece
+    are merged pair by pair. HTML entities and wrongly decoded characters stay as they are written.
     """
 
     def __call__(self, texts: str | list[str]) -> LongTensor:
-        """One text or B texts -> ids (B, 77), int64: START, at most 75 tokens, END to the end.
+        """One text or B texts to ids (B, 77), int64: START, at most 75 tokens, END to the end.
 
-        What a longer text has after its 75th token is dropped.  Raises ImportError, with what to
-        install, where open_clip_torch is missing.
+        SD 1.5 pads with END; open_clip's own tokenizer pads with 0. What a longer text has after
+        its 75th token is dropped. Raises ImportError, with what to install, where open_clip_torch
+        is missing.
         """
         texts = [texts] if isinstance(texts, str) else texts
         rows = [[START, *islice(_tokens(text), LENGTH - 2)] for text in texts]
         rows = [row + [END] * (LENGTH - len(row)) for row in rows]
-        return torch.tensor(rows, dtype=torch.int64).reshape(-1, LENGTH)            # (B, L)
+        return torch.tensor(rows, dtype=torch.int64).reshape(-1, LENGTH)      # (B, L)
 
 
-def embed(encoder: TextEncoder, tokenizer: Tokenizer, texts: str | list[str]) -> Tensor:
+def embed_text(encoder: TextEncoder, tokenizer: Tokenizer, texts: str | list[str]) -> Tensor:
     """The paper's c: the states (B, 77, D) of B texts, in the encoder's dtype, on its device."""
     return encoder(tokenizer(texts).to(encoder.final_layer_norm.weight.device))
 

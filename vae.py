@@ -1,24 +1,23 @@
 """The autoencoder of Stable Diffusion 1.5: images to latents an eighth of the side, and back.
 
-The paper's method lives in the latents and leaves this network alone.  Training encodes images
-once and keeps the moments of their latents; sampling decodes the last latent.
+The paper's method lives in the latents and leaves this network alone. Training encodes images once
+and keeps the moments of their latents; sampling decodes the last latent.
 
-Modules carry the names of the official single-file checkpoint less `first_stage_model.`: its keys
-are the state dict.  Names of the diffusers folder layout go through one table, `_renames`.
+Modules carry the names of the official single-file checkpoint less its prefix: its keys *are* the
+state dict. Names of the diffusers folder layout go through one table, `folder_names`.
 
-Shapes: B batch, C channels, H and W rows and columns of the image, h and w of the latent (H / 8,
-W / 8), Z latent channels, N positions.
+Shapes: B batch, C channels, H and W sides of the image, h and w of the latent (H / 8, W / 8),
+Z latent channels, N = h · w positions.
 """
 
 from collections import OrderedDict
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from unet import Part, build, load_strict, read_checkpoint, read_config, rename
+KEY_PREFIXES = ("first_stage_model.", "vae.")   # of the VAE's keys in single files: one of these
 
 
 @dataclass(frozen=True)
@@ -26,7 +25,7 @@ class VAEConfig:
     """Sizes of an autoencoder; the defaults are Stable Diffusion 1.5.
 
     `ch_mult` has one entry a level, from full resolution down; each halves the sides of the one
-    before.  `scale_factor` brings the latents of natural images to about unit variance.
+    before. `scale_factor` brings the latents of natural images to about unit variance.
     """
 
     in_channels: int = 3
@@ -51,7 +50,7 @@ class ResBlock(nn.Module):
         self.nin_shortcut = nn.Identity() if c_in == c_out else nn.Conv2d(c_in, c_out, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        h = self.conv1(F.silu(self.norm1(x)))                                     # (B, C, H, W)
+        h = self.conv1(F.silu(self.norm1(x)))                                 # (B, C, H, W)
         return self.nin_shortcut(x) + self.conv2(F.silu(self.norm2(h)))
 
 
@@ -61,24 +60,29 @@ class Attention(nn.Module):
     def __init__(self, config: VAEConfig, channels: int):
         super().__init__()
         self.norm = _norm(config, channels)
-        self.q, self.k, self.v, self.proj_out = (nn.Conv2d(channels, channels, 1) for _ in range(4))
+        # 1×1 convolutions where linear layers would do: so the official file stores them.
+        self.q = nn.Conv2d(channels, channels, 1)
+        self.k = nn.Conv2d(channels, channels, 1)
+        self.v = nn.Conv2d(channels, channels, 1)
+        self.proj_out = nn.Conv2d(channels, channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        h = self.norm(x)                                                          # (B, C, h, w)
+        h = self.norm(x)                                                      # (B, C, h, w)
         q, k, v = (conv(h).flatten(2).mT[:, None] for conv in (self.q, self.k, self.v))
-        h = F.scaled_dot_product_attention(q, k, v)                               # (B, 1, N, C)
-        h = h[:, 0].mT.unflatten(2, x.shape[2:])                                  # (B, C, h, w)
+        h = F.scaled_dot_product_attention(q, k, v)                           # (B, 1, N, C)
+        h = h[:, 0].mT.unflatten(2, x.shape[2:])                              # (B, C, h, w)
         return x + self.proj_out(h)
 
 
 class Downsample(nn.Module):
-    """Halves the sides; pads only below and at the right, as the official encoder was trained."""
+    """Halves the sides with a strided convolution."""
 
     def __init__(self, channels: int):
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, stride=2)
 
     def forward(self, x: Tensor) -> Tensor:
+        # Pads only at the right and below: so the official encoder was trained.
         return self.conv(F.pad(x, (0, 1, 0, 1)))
 
 
@@ -106,32 +110,34 @@ class VAE(nn.Module):
         self.decoder = _decoder(config)
 
     def encode(self, x: Tensor) -> Tensor:
-        """Images (B, 3, H, W) in [-1, 1] to moments (B, 2 Z, h, w): mean, then log-variance.
+        """Images (B, 3, H, W) in [−1, 1] to moments (B, 2 Z, h, w): mean, then log-variance.
 
-        H and W must be multiples of 2 ** (levels - 1), 8 in Stable Diffusion.  The moments are not
+        H and W must be multiples of 2 ** (levels − 1), 8 in Stable Diffusion. The moments are not
         scaled yet: `sample` does that.
         """
-        mean, logvar = self.quant_conv(self.encoder(x)).chunk(2, dim=1)           # (B, Z, h, w)
-        return torch.cat([mean, logvar.clamp(-30, 20)], dim=1)                    # (B, 2 Z, h, w)
+        mean, logvar = self.quant_conv(self.encoder(x)).chunk(2, dim=1)       # (B, Z, h, w)
+        # The official clamp: exp(logvar / 2) must stay finite.
+        return torch.cat([mean, logvar.clamp(-30, 20)], dim=1)                # (B, 2 Z, h, w)
 
     def sample(self, moments: Tensor, noise: Tensor) -> Tensor:
         """The latent (B, Z, h, w), scaled for the UNet, that standard normal noise picks."""
-        mean, logvar = moments.chunk(2, dim=1)                                    # (B, Z, h, w)
+        mean, logvar = moments.chunk(2, dim=1)                                # (B, Z, h, w)
         return self.config.scale_factor * (mean + torch.exp(logvar / 2) * noise)
 
     def decode(self, z: Tensor) -> Tensor:
-        """Scaled latents (B, Z, h, w) to images (B, 3, H, W) in [-1, 1], give or take overshoot.
+        """Scaled latents (B, Z, h, w) to images (B, 3, H, W), in [−1, 1] but for some overshoot.
 
-        float16 can overflow on the way to a black picture: decode in bfloat16 or float32.
+        float16 can overflow on the way, which gives a black image: decode in bfloat16 or float32.
         """
         return self.decoder(self.post_quant_conv(z / self.config.scale_factor))
 
 
 def _encoder(config: VAEConfig) -> nn.Sequential:
-    top, levels, ch = len(config.ch_mult) - 1, [], config.ch
+    levels, ch = [], config.ch
     for level, mult in enumerate(config.ch_mult):
         c_in, ch = ch, config.ch * mult
-        resize = {"downsample": Downsample(ch)} if level < top else {}
+        last = level == len(config.ch_mult) - 1
+        resize = {} if last else {"downsample": Downsample(ch)}
         levels.append((str(level), _level(config, config.num_res_blocks, c_in, ch, resize)))
     return _row(
         conv_in=nn.Conv2d(config.in_channels, config.ch, 3, padding=1),
@@ -160,9 +166,8 @@ def _decoder(config: VAEConfig) -> nn.Sequential:
     )
 
 
-def _level(
-    config: VAEConfig, depth: int, c_in: int, c_out: int, resize: dict[str, nn.Module]
-) -> nn.Sequential:
+def _level(config: VAEConfig, depth: int, c_in: int, c_out: int,
+           resize: dict[str, nn.Module]) -> nn.Sequential:
     blocks = [ResBlock(config, c_in if i == 0 else c_out, c_out) for i in range(depth)]
     return _row(block=nn.Sequential(*blocks), **resize)
 
@@ -181,36 +186,18 @@ def _row(**layers: nn.Module) -> nn.Sequential:
 
 
 def _norm(config: VAEConfig, channels: int) -> nn.GroupNorm:
-    return nn.GroupNorm(config.norm_groups, channels, eps=1e-6)
+    return nn.GroupNorm(config.norm_groups, channels, eps=1e-6)     # as the official one
 
 
-# -------------------------------------------------------------------------------- its checkpoints
-
-PART = Part(
-    "VAE", ("first_stage_model.", "vae."), "vae", "diffusion_pytorch_model", "vae_config"
-)
+# ------------------------------------------------------------------------------- its other names
 
 
-def load_vae(
-    path: str | Path,
-    dtype: torch.dtype = torch.float32,
-    device: torch.device | str = "cpu",
-    config: VAEConfig | None = None,
-) -> VAE:
-    """The frozen autoencoder of the checkpoint at `path`, a single file or a folder, in eval mode.
+def folder_names(config: VAEConfig) -> dict[str, str]:
+    """Names of the diffusers folder layout to those of the single file, which are ours.
 
-    Its sizes are `config`, else those stored in the file, else Stable Diffusion 1.5's.
-    Raises unet.CheckpointError where the checkpoint is not what it should be.
+    Its decoder numbers levels from the latent outwards, in reverse of the single file. The
+    attention's layers have two spellings, of older and of newer folders.
     """
-    tensors, stored = read_checkpoint(path, PART)
-    config = config or read_config(VAEConfig, stored, path)
-    vae = build(lambda: VAE(config), path).to(dtype)
-    load_strict(vae, rename(tensors, _renames(config)), path, device)
-    return vae.eval().requires_grad_(False)
-
-
-def _renames(config: VAEConfig) -> dict[str, str]:
-    """Folder names to single-file names; its decoder numbers levels from the latent outwards."""
     top = len(config.ch_mult) - 1
     return {f"up_blocks.{top - level}.": f"up.{level}." for level in range(top + 1)} | {
         "down_blocks.": "down.",

@@ -1,0 +1,237 @@
+"""Guides in files: written, read, found, and handed to other tools."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from ppdd import TIMESTEPS, FullGuide, GuideConfig, TinyGuide, build_guide
+from support.base import MINI, Base, to_channels_last
+from support.checkpoint import (
+    CheckpointError,
+    StateDictMismatch,
+    build_on_meta,
+    folder_name,
+    load_strict,
+    read_config,
+    read_tensors,
+)
+from support.cli import BadInput
+from support.files import expand, save_tensors, write_text
+from unet import UNetConfig, folder_names
+
+# A guide of stage one serves any schedule. The first halving starts from it on 64 steps, so where
+# guides are compared by their number of steps it counts as one for 64.
+STAGE_ONE_STEPS = 64
+BUNDLED = MINI.parent / "guides"
+
+
+class GuideFile(NamedTuple):
+    """What a guide's file says of itself."""
+
+    config: GuideConfig
+    about: dict                         # base, base_hash, steps, g_range, updates, settings, …
+    base_config: UNetConfig | None      # of the base it was trained for; None in the oldest files
+
+    @property
+    def steps(self) -> int:
+        """The number of steps it was halved to; `STAGE_ONE_STEPS` where it never was."""
+        return self.about.get("steps") or STAGE_ONE_STEPS
+
+
+# ------------------------------------------------------------------------------- files
+
+
+def save_guide(path: Path, guide: nn.Module, config: GuideConfig, about: dict) -> None:
+    """fp16 safetensors; metadata `guide` (its configuration), `about` (base, stage, …) and
+    `unet_config` (the base's shape)."""
+    tensors = {k: v.half() for k, v in guide.state_dict().items()}
+    metadata = {"guide": asdict(config), "about": about, "unet_config": asdict(guide.config)}
+    save_tensors(path, tensors, {key: json.dumps(value) for key, value in metadata.items()})
+
+
+def read_guide(path: str | Path) -> GuideFile:
+    """A guide file's metadata, without its weights. Raises CheckpointError."""
+    _, metadata = read_tensors(path, lambda names: {})
+    try:
+        config = read_config(GuideConfig, _without_pool(metadata["guide"]), path)
+        about = json.loads(metadata["about"])
+        low, high = about.get("g_range") or (0, 1)
+        if not (0 <= (about.get("steps") or 0) <= TIMESTEPS and math.isfinite(high - low)
+                and isinstance(about.get("updates", 0), int)):
+            raise ValueError("steps, g_range or updates")
+        shape = metadata.get("unet_config")
+        base_config = None if shape is None else read_config(UNetConfig, shape, path)
+        return GuideFile(config, about, base_config)
+    except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
+        raise CheckpointError(f"{path} is not a guide: pass a .safetensors that train.py saved"
+                              ) from error
+
+
+def _without_pool(stored: str) -> str:
+    """Older files name how the text is pooled, of which attention is the one way left."""
+    values = json.loads(stored)
+    if values.get("pool") == "attention":
+        del values["pool"]
+    return json.dumps(values)
+
+
+def load_guide(path: Path, base: UNetConfig, dtype: torch.dtype = torch.float32,
+               device: str | torch.device = "cpu") -> nn.Module:
+    """The guide in a file, for a base of the shape it was made for; eval mode, no gradients.
+
+    Raises CheckpointError, with both shapes where the file notes its own.
+    """
+    config, _, shape = read_guide(path)
+    advice = "use it with a checkpoint of that size, or train one for this"
+    if shape not in (None, base):
+        there, here = asdict(shape), asdict(base)
+        sizes = ", ".join(f"{k} {there[k]} and not {here[k]}" for k in here if there[k] != here[k])
+        raise CheckpointError(f"{path} was trained for a base of another size ({sizes}): {advice}")
+    tensors, _ = read_tensors(path)
+    guide = build_on_meta(lambda: build_guide(base, config), path).to(dtype)
+    try:
+        load_strict(guide, tensors, path, device)
+    except StateDictMismatch as error:
+        raise CheckpointError(f"{path} was trained for a base of another size: {advice}") from error
+    return to_channels_last(guide).eval().requires_grad_(False)
+
+
+def fits(path: Path, base: UNetConfig) -> bool:
+    """Whether a guide's tensors have the shapes that this base asks for; no weights are read."""
+    try:
+        config, _, shape = read_guide(path)
+        guide = build_on_meta(lambda: build_guide(base, config), path)
+        with safe_open(path, framework="pt") as opened:
+            shapes = {name: opened.get_slice(name).get_shape() for name in opened.keys()}
+    except CheckpointError:
+        return False
+    return shape in (None, base) and shapes == {
+        name: list(tensor.shape) for name, tensor in guide.state_dict().items()}
+
+
+# ------------------------------------------------------------------------------- finding one
+
+
+def find_guide(base: Base, kind: str, steps: int, folder: str = "") -> Path | None:
+    """The most suitable guide of a kind, tiny or full, that fits the base; None where none does.
+
+    `folder` comes before guides/BASE, and that before guides of other bases and the bundled ones.
+    Then come the base's own, those distilled for about so many steps, and those of the paper's
+    form. Guides for a single g are for whoever names them.
+    """
+    ranked = []
+    for pool, path in _candidates(base, folder):
+        try:
+            file = read_guide(path)
+        except CheckpointError:
+            continue                                    # another file that lies there
+        low, high = file.about.get("g_range") or (0, 1)
+        if file.config.kind == kind and low < high:
+            distance = abs(math.log(steps / file.steps))
+            ranked.append((pool, file.about.get("base") != base.name, distance,
+                           file.config.form != "sum", path))
+    return next((path for *_, path in sorted(ranked) if fits(path, base.unet.config)), None)
+
+
+def _candidates(base: Base, folder: str) -> Iterator[tuple[int, Path]]:
+    """Files that may be guides, each with the rank of the place it lies in."""
+    if folder:
+        yield from ((0, path) for path in expand(folder).glob("**/*.safetensors"))
+    yield from ((1, path) for path in (Path("guides") / base.name).glob("*.safetensors"))
+    yield from ((2, path) for path in Path("guides").glob("*/*.safetensors"))
+    yield from ((2, path) for path in BUNDLED.glob("*.safetensors"))
+
+
+def guide_path(base: Base, name: str) -> Path:
+    """The guide of a name, as full-16, in guides/BASE or among the miniature's, or in that file.
+
+    Raises BadInput where there is none.
+    """
+    if name.endswith(".safetensors"):
+        return expand(name)
+    places = [Path("guides") / base.name / f"{name}.safetensors"]
+    if base.is_miniature:
+        places.append(BUNDLED / f"{name}.safetensors")
+    for place in places:
+        if place.is_file():
+            return place
+    raise BadInput(f"there is no {places[0]}: train.py makes guides")
+
+
+def describe_guide(path: Path, about: dict, base: Base) -> str:
+    """A line on which guide is used, for what it was made, and on which base."""
+    steps, made_on = about.get("steps"), about.get("base")
+    parts = [f"guide: {path}, distilled on {made_on} for {steps or 'any'} steps"]
+    if made_on != base.name:
+        parts.append(f"plugged into {base.name} as it is")
+    if about.get("uncond"):
+        parts.append(f"away from {about['uncond']!r}")
+    return ", ".join(parts)
+
+
+# ------------------------------------------------------------------------------- other tools
+
+
+def diffusers_residuals(guide: TinyGuide, unet: nn.Module, g: float, t: Tensor, c: Tensor) -> dict:
+    """What a tiny guide adds, as the keyword arguments of diffusers' UNet2DConditionModel.
+
+    unet is that model; t a timestep or (B,); c the prompt's states (B, L, D): unet(z, t,
+    encoder_hidden_states=c, **diffusers_residuals(guide, unet, g, t, c)).
+    """
+    t = t.to(c.device).expand(len(c))
+    guidance = torch.full((len(c),), float(g), device=c.device)
+    emb = unet.time_embedding(unet.time_proj(t).to(c.dtype))
+    *down, middle = guide(guidance, emb, c)
+    return {"down_block_additional_residuals": down, "mid_block_additional_residual": middle}
+
+
+def save_controlnet(folder: Path, guide: FullGuide, name: str) -> Path:
+    """A full guide as the ControlNet that it is, fp16, in both layouts that other tools read.
+
+    config.json and diffusion_pytorch_model.safetensors are the folder layout of diffusers;
+    NAME-controlnet.safetensors is the single file, in ControlNet's own names after
+    "control_model.". Both take a plain grey image of value g / 10 as the hint. Returns the single
+    file's path.
+    """
+    tensors = {k: v.half() for k, v in guide.state_dict().items()}
+    single = folder / f"{name}-controlnet.safetensors"
+    save_tensors(single, {f"control_model.{k}": v for k, v in tensors.items()})
+    names = _controlnet_names(guide)
+    save_tensors(folder / "diffusion_pytorch_model.safetensors",
+                 {folder_name(k, names): v for k, v in tensors.items()}, {"format": "pt"})
+    write_text(folder / "config.json",
+               json.dumps(_controlnet_config(guide), indent=2, sort_keys=True) + "\n")
+    return single
+
+
+def _controlnet_names(guide: FullGuide) -> dict[str, str]:
+    """Names of diffusers' ControlNetModel to the guide's own."""
+    names = folder_names(guide.config) | {
+        "controlnet_cond_embedding.conv_in.": "input_hint_block.0.",
+        "controlnet_cond_embedding.conv_out.": "input_hint_block.14.",
+        "controlnet_mid_block.": "middle_block_out.0."}
+    names |= {f"controlnet_cond_embedding.blocks.{i}.": f"input_hint_block.{2 * i + 2}."
+              for i in range(6)}
+    return names | {f"controlnet_down_blocks.{i}.": f"zero_convs.{i}.0."
+                    for i in range(len(guide.zero_convs))}
+
+
+def _controlnet_config(guide: FullGuide) -> dict:
+    base, hint = guide.config, guide.input_hint_block[0].out_channels
+    kinds = ["CrossAttnDownBlock2D" if attention else "DownBlock2D" for attention in base.attention]
+    return {
+        "_class_name": "ControlNetModel", "in_channels": base.in_channels,
+        "block_out_channels": [base.model_channels * m for m in base.channel_mult],
+        "layers_per_block": base.num_res_blocks, "down_block_types": kinds,
+        "cross_attention_dim": base.context_dim, "attention_head_dim": base.num_heads,
+        "norm_num_groups": base.norm_groups,
+        "conditioning_embedding_out_channels": [hint, 2 * hint, 6 * hint, 16 * hint]}
