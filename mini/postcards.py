@@ -1,13 +1,13 @@
-"""Postcards: the small painted world that the miniature Stable Diffusion is trained on.
+"""Postcards: the images that the miniature Stable Diffusion is trained on, drawn by this file.
 
-A postcard is 64 x 64 pixels: one of 8 subjects in one of 8 colours stands in one of 5 places at one
+A postcard is 64 × 64 pixels: one of 8 subjects in one of 8 colours stands in one of 5 places at one
 of 4 times of day, left, in the middle or right, small or big. Everything is drawn from
-signed-distance shapes in batched torch operations: no picture files, the same code on CPU and GPU.
+signed-distance shapes in batched torch operations: no image files, the same code on CPU and GPU.
 
-Four styles paint the same world: "postcard" (flat, what the base learns) and "watercolor",
+There are four styles of the same scenes: "postcard" (flat, what the base learns) and "watercolor",
 "cartoon", "realistic" (for fine-tuned bases, as in the paper's Table 3).
 
-Shapes: B pictures, H = W = 64 pixels, N the pictures of a batch that share a subject or place.
+Shapes: B images, H = W = 64 pixels, N the images of a batch that share a subject or place.
 """
 
 from __future__ import annotations
@@ -70,28 +70,18 @@ LEFT_OUT = {"place": .08, "time": .08, "position": .2, "size": .2}
 
 
 def caption(attributes: Tensor, rng: random.Random, left_out: bool = True) -> str:
-    """One picture's attributes (6,) in words, e.g. "a red boat on the sea at night, on the left".
+    """One image's attributes (6,) in words, e.g. "a red boat on the sea at night, on the left".
 
     Phrasing and order vary; with `left_out`, some attributes are not mentioned, as people do.
     """
     subject, color, *rest = attributes.tolist()
-    said = {name: "" if left_out and rng.random() < LEFT_OUT[name] else rng.choice(PHRASES[name][i])
-            for name, i in zip(("place", "time", "position", "size"), rest)}
-    thing = f"{said['size']} {COLORS[color]} {SUBJECTS[subject]}".strip()
-    said["thing"] = f"{'an' if thing[0] in 'aeiou' else 'a'} {thing}"
-    words = rng.choice(ORDERS).format(**said).split()
-    return " ".join(words).replace(" ,", ",").replace(",,", ",").strip(", ")
-
-
-def training_caption(attributes: Tensor, rng: random.Random, lies: float = .3) -> str:
-    """A caption that lies with probability `lies`: then it describes some other picture.
-
-    Web captions are like that, and it is what makes guidance matter: a base trained on them
-    follows a caption only mostly, and CFG repairs it.
-    """
-    if rng.random() < lies:
-        attributes = torch.tensor([rng.randrange(len(v)) for v in ATTRIBUTES.values()])
-    return caption(attributes, rng)
+    words = {name: "" if left_out and rng.random() < LEFT_OUT[name] else
+             rng.choice(PHRASES[name][i])
+             for name, i in zip(("place", "time", "position", "size"), rest)}
+    thing = f"{words['size']} {COLORS[color]} {SUBJECTS[subject]}".strip()
+    words["thing"] = f"{'an' if thing[0] in 'aeiou' else 'a'} {thing}"
+    sentence = " ".join(rng.choice(ORDERS).format(**words).split())
+    return sentence.replace(" ,", ",").replace(",,", ",").strip(", ")
 
 
 # ------------------------------------------------------------------ distances, negative inside
@@ -131,22 +121,25 @@ def union(*shapes: Tensor) -> Tensor:
 
 @functools.cache
 def _noise(octave: int, seed: int) -> Tensor:
-    """Smooth noise in -1 … 1, (H, W), the same in every picture: paper grain, rock, grass."""
+    """Smooth noise in -1 … 1, (H, W), the same in every image: paper grain, rock, grass."""
     grid = torch.rand(1, 1, octave, octave, generator=torch.Generator().manual_seed(seed)) * 2 - 1
     return F.interpolate(grid, size=(SIZE, SIZE), mode="bicubic", align_corners=True)[0, 0]
 
 
 class Canvas:
-    """N pictures under the brush. `paint` is the only place that knows about styles of painting."""
+    """N images being drawn. Only `paint` and `model` know about the styles."""
 
     def __init__(self, image: Tensor, style: str, jitter: Tensor, light: Tensor):
         axis = (torch.arange(SIZE, device=image.device) + .5) / SIZE
-        self.image, self.style, self.jitter, self.light = image, style, jitter, light
+        self.image = image                                                     # (N, 3, H, W)
+        self.style = style
+        self.jitter = jitter                        # (N, 8) what captions do not say, 0 … 1
+        self.light = light                                                     # (N, 3)
         self.y, self.x = torch.meshgrid(axis, axis, indexing="ij")             # (H, W) in 0 … 1
-        self.scale = 1.                              # length of a local unit, in picture widths
+        self.scale = 1.                              # length of a local unit, in image widths
 
     def j(self, k: int, low: float = 0., high: float = 1.) -> Tensor:
-        """The pictures' own random number k, (N, 1, 1) in low … high."""
+        """The images' own random number k, (N, 1, 1) in low … high."""
         return low + (high - low) * self.jitter[:, k, None, None]
 
     def paint(self, d: Tensor, color, glow: bool = False, alpha: float = 1., flat: bool = False):
@@ -287,7 +280,7 @@ def paint_city(c: Canvas) -> None:
 # ------------------------------------------------------------------ subjects
 # u to the right, v down; the subject stands on v = 0 and is about one unit high
 
-def paint_boat(c, u, v, color):
+def paint_boat(c: Canvas, u: Tensor, v: Tensor, color: Tensor) -> None:
     c.paint(box(u, v, 0, -.62, .022, .38), WOOD)
     c.paint(polygon(u, v, (.05, -1.), (.44, -.36), (.05, -.36)), CREAM)
     c.paint(polygon(u, v, (-.05, -.9), (-.05, -.36), (-.36, -.36)), color)
@@ -295,7 +288,7 @@ def paint_boat(c, u, v, color):
     c.paint(box(u, v, 0, -.25, .46, .025), CREAM)
 
 
-def paint_house(c, u, v, color):
+def paint_house(c: Canvas, u: Tensor, v: Tensor, color: Tensor) -> None:
     c.paint(box(u, v, .24, -.82, .065, .15), (.55, .36, .32))
     c.paint(box(u, v, 0, -.3, .37, .3), color)
     c.paint(polygon(u, v, (-.5, -.55), (0, -1.), (.5, -.55)), (.50, .25, .20))
@@ -304,7 +297,7 @@ def paint_house(c, u, v, color):
     c.paint(box(u, v, -.15, -.33, .08, .08), LAMP, glow=True)
 
 
-def paint_tree(c, u, v, color):
+def paint_tree(c: Canvas, u: Tensor, v: Tensor, color: Tensor) -> None:
     c.paint(box(u, v, 0, -.2, .07, .2), WOOD)
     c.paint(union(circle(u, v, -.21, -.5, .23), circle(u, v, .21, -.5, .23),
                   circle(u, v, 0, -.72, .28), circle(u, v, 0, -.5, .2)), color)
@@ -312,7 +305,7 @@ def paint_tree(c, u, v, color):
         c.paint(circle(u, v, x, y, .05), CREAM, flat=True)
 
 
-def paint_cactus(c, u, v, color):
+def paint_cactus(c: Canvas, u: Tensor, v: Tensor, color: Tensor) -> None:
     c.paint(union(capsule(u, v, -.36, -.62, -.36, -.42, .09), capsule(u, v, -.36, -.4, 0, -.4, .09),
                   capsule(u, v, .34, -.52, .34, -.3, .09), capsule(u, v, .34, -.28, 0, -.28, .09),
                   capsule(u, v, 0, -.84, 0, -.1, .155)), color)
@@ -321,7 +314,7 @@ def paint_cactus(c, u, v, color):
     c.paint(circle(u, v, 0, -1., .075), (1., .55, .65))
 
 
-def paint_balloon(c, u, v, color):
+def paint_balloon(c: Canvas, u: Tensor, v: Tensor, color: Tensor) -> None:
     c.paint(union(capsule(u, v, -.16, -.36, -.07, -.1, .012),
                   capsule(u, v, .16, -.36, .07, -.1, .012)), DARK)
     bag = union(circle(u, v, 0, -.68, .34), polygon(u, v, (-.27, -.5), (.27, -.5), (.1, -.26),
@@ -333,7 +326,7 @@ def paint_balloon(c, u, v, color):
     c.paint(box(u, v, 0, -.06, .1, .07, .02), WOOD)
 
 
-def paint_rocket(c, u, v, color):
+def paint_rocket(c: Canvas, u: Tensor, v: Tensor, color: Tensor) -> None:
     c.paint(polygon(u, v, (-.11, -.12), (.11, -.12), (0, .1)), (1., .72, .2), glow=True)
     for s in (-1, 1):
         fin = ((s * .1, -.42), (s * .36, -.1), (s * .1, -.14))
@@ -345,7 +338,7 @@ def paint_rocket(c, u, v, color):
     c.paint(circle(u, v, 0, -.52, .065), GLASS, flat=True)
 
 
-def paint_car(c, u, v, color):
+def paint_car(c: Canvas, u: Tensor, v: Tensor, color: Tensor) -> None:
     c.paint(polygon(u, v, (-.3, -.3), (-.2, -.6), (.18, -.6), (.34, -.3)), color)
     c.paint(polygon(u, v, (-.22, -.32), (-.15, -.53), (-.02, -.53), (-.02, -.32)), GLASS, flat=True)
     c.paint(polygon(u, v, (.04, -.32), (.04, -.53), (.14, -.53), (.25, -.32)), GLASS, flat=True)
@@ -356,7 +349,7 @@ def paint_car(c, u, v, color):
         c.paint(circle(u, v, x, -.1, .055), (.75, .75, .78), flat=True)
 
 
-def paint_mushroom(c, u, v, color):
+def paint_mushroom(c: Canvas, u: Tensor, v: Tensor, color: Tensor) -> None:
     c.paint(box(u, v, 0, -.22, .14, .24, .08), CREAM)
     cap = torch.maximum(circle(u, v * 1.05, 0, -.48, .46), v + .42)
     c.paint(cap, color)
@@ -384,7 +377,7 @@ def paint_subject(c: Canvas, kind: int, attributes: Tensor) -> None:
     PAINT_SUBJECT[kind](c, u, v + (.2 if floats else 0), PIGMENTS.to(c.image)[color])
 
 
-# ------------------------------------------------------------------ the whole picture
+# ------------------------------------------------------------------ the whole image
 
 def finish(image: Tensor, style: str) -> Tensor:
     """The card itself: paper grain where the style has it, and a cream border."""
@@ -403,13 +396,14 @@ def finish(image: Tensor, style: str) -> Tensor:
 
 def draw(attributes: Tensor, style: str = "postcard",
          generator: torch.Generator | None = None) -> Tensor:
-    """Pictures (B, 3, 64, 64) in 0 … 1 of attributes (B, 6), on their device.
+    """Images (B, 3, 64, 64) in 0 … 1 of attributes (B, 6), on their device.
 
     generator (CPU) draws what captions do not say: clouds, hills, the sun's side.
     """
     if style not in STYLES:
         raise ValueError(f"style {style!r} is unknown: use one of {', '.join(STYLES)}")
-    device, time = attributes.device, attributes[:, 3]
+    device = attributes.device
+    time = attributes[:, 3]
     jitter = torch.rand(len(attributes), 8, generator=generator).to(device)
     sky = Canvas(torch.zeros(len(attributes), 3, SIZE, SIZE, device=device), style, jitter,
                  LIGHT.to(device)[time])
@@ -436,9 +430,9 @@ def contact_sheet(generator: torch.Generator, columns: int = 8, rows: int = 2) -
     a[:, 0], a[:, 2], a[:, 3] = k % len(SUBJECTS), k // 2 % len(PLACES), k % len(TIMES)
     sheets = []
     for style in STYLES:
-        pictures = draw(a, style, torch.Generator().manual_seed(1))
-        pictures = F.pad(pictures, (2, 2, 2, 2), value=1.)                     # white gaps
-        sheets += [torch.cat(list(row), dim=2) for row in pictures.split(columns)]
+        images = draw(a, style, torch.Generator().manual_seed(1))
+        images = F.pad(images, (2, 2, 2, 2), value=1.)                         # white gaps
+        sheets += [torch.cat(list(row), dim=2) for row in images.split(columns)]
     return torch.cat(sheets, dim=1)
 
 

@@ -2,35 +2,35 @@
 
 Stage by stage, each resumable at any point and skipped once done:
 
-    pictures   postcards in all styles are drawn and kept
+    images     postcards in all styles are drawn and kept
     vae        the autoencoder, f = 8, 4 latent channels
-    decoder    its decoder alone, longer: the latents stay what they are
     clip       a text and an image tower, contrastively, through open_clip; the text tower is frozen
-    judge      the classifier that measures whether a picture, of any style, follows its caption
+    judge      the classifier that measures whether an image, of any style, follows its caption
     unet       ε-prediction in the latents, 10 % empty captions
-    styles     three fine-tuned bases, one a style: the UNet alone trains on
+    styles     three fine-tuned bases, one a style: only the UNet learns
 
-Then one file in the official single-file layout is packed, fp16, with the configurations in its
-metadata, and the logs' figures beside it in training.json: in WORK/made, for the bundled miniature
-is what the bundled guides were trained for. `python mini/check.py` measures whether it is good
-enough. Every update draws from a generator of its own (seed, stage, update), so a resumed run
-continues exactly; files in WORK are named after what they were made from, so nothing stale is
-taken up. Shapes as in unet.py, vae.py and clip_text.py.
+Then one file in the official single-file layout is written, fp16, with the configurations in its
+metadata, and settings, times and losses beside it in training.json. They go to WORK/made: the
+bundled guides were trained for the bundled miniature, and fit no other. `python mini/check.py`
+measures whether it is good enough.
+
+Every update draws from a generator of its own (seed, stage, update), so a resumed run continues
+exactly. Files in WORK are named after what they were made from, so that none is used for another.
+
+Shapes as in unet.py, vae.py and clip_text.py; images are 64 × 64, their latents 4 × 8 × 8.
 """
 
 from __future__ import annotations
 
-import argparse
 import copy
 import hashlib
 import json
 import math
-import platform
 import random
 import sys
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, fields, replace
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -45,18 +45,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from clip_text import TextConfig, TextEncoder, Tokenizer  # noqa: E402
 from mini import postcards  # noqa: E402
 from mini.judge import Judge  # noqa: E402
-from ppdd import (  # noqa: E402
-    MINI,
-    add_noise,
-    load_base,
-    load_optimizer,
-    optimizer_tensors,
-    quick_attention,
-    save_base,
-    save_tensors,
-    written,
-)
-from unet import CheckpointError, UNet, UNetConfig  # noqa: E402
+from ppdd import TIMESTEPS, add_noise  # noqa: E402
+from support.base import MINI, Base, load_base  # noqa: E402
+from support.checkpoint import save_checkpoint  # noqa: E402
+from support.cli import option, parse, require, run_command  # noqa: E402
+from support.files import save_tensors, write_json  # noqa: E402
+from support.machine import find_device, hardware, math_attention  # noqa: E402
+from support.training_state import load_optimizer, optimizer_tensors  # noqa: E402
+from unet import UNet, UNetConfig  # noqa: E402
 from vae import VAE, VAEConfig  # noqa: E402
 
 VAE_CONFIG = VAEConfig(ch=16, ch_mult=(1, 2, 4, 6), num_res_blocks=1, norm_groups=8)
@@ -74,36 +70,33 @@ CLIP_CONFIG = {
 }
 
 
-STAGES = ("pictures", "vae", "decoder", "clip", "judge", "unet", "styles")
-
-
 @dataclass(frozen=True)
 class Config:
-    """Settings of a run; out/training.json says how the bundled miniature came about."""
+    """Settings of a run; training.json holds those of the bundled miniature."""
 
-    out: str = ""                       # where the finished weights go; WORK/made, styles to mini/
-    work: str = "runs/mini"             # checkpoints and caches
-    until: str = "styles"               # the last stage to run
-    device: str = "cuda" if torch.cuda.is_available() else "cpu"
-    compile: bool = False               # torch.compile: 1.3 × on a CPU, needs a C++ compiler
-    bf16: bool = True                   # autocast
-    seed: int = 0
-    pictures: int = 32_000              # postcards; each style has an eighth of that
-    captions: int = 60_000
-    vae_updates: int = 10_000
-    vae_batch: int = 8
-    decoder_updates: int = 0            # for sharper pictures; 0: no such stage
-    clip_updates: int = 2_000
-    clip_batch: int = 128
-    judge_updates: int = 3_000
-    judge_batch: int = 64
-    unet_updates: int = 11_500
-    unet_batch: int = 64
-    style_updates: int = 600
-    style_pictures: int = 3_000
-    styles_only: bool = False           # just the three styles, from the bundled miniature
-    lies: float = .3                    # share of captions that describe another picture
-    save_every: int = 60                # seconds between checkpoints
+    out: str = option("", "folder of the finished weights; default: WORK/made")
+    work: str = option("runs/mini", "folder of checkpoints and caches")
+    styles_only: bool = option(False, "only the three styles, from OUT/mini.safetensors, else the "
+                                      "bundled miniature, into a folder `styles` beside it")
+    device: str = option("", "cuda or cpu; default: cuda where there is one")
+    dtype: str = option("bf16", "autocast; fp32: none", choices=("bf16", "fp32"))
+    compile: bool = option(False, "torch.compile: 1.3 × on a CPU, needs a C++ compiler")
+    seed: int = option(0, "of everything", low=0)
+    images: int = option(32_000, "postcards; each other style has an eighth of that", low=8)
+    captions: int = option(60_000, "captions, of all combinations of attributes together", low=1)
+    caption_noise: float = option(.3, "share of captions that describe another image", low=0,
+                                  high=1)
+    vae_updates: int = option(10_000, "of the autoencoder", low=1)
+    vae_batch: int = option(8, "images an update", low=1)
+    clip_updates: int = option(2_000, "of the two towers", low=1)
+    clip_batch: int = option(128, "pairs an update", low=8)
+    judge_updates: int = option(3_000, "of the judge", low=1)
+    judge_batch: int = option(64, "images an update", low=4)
+    unet_updates: int = option(11_500, "of the UNet", low=1)
+    unet_batch: int = option(64, "images an update", low=1)
+    style_updates: int = option(600, "of the UNet in each style", low=1)
+    style_images: int = option(3_000, "postcards of each style", low=1)
+    save_every: int = option(60, "seconds between checkpoints", low=0)
 
 
 # ------------------------------------------------------------------ one loop for all stages
@@ -111,8 +104,8 @@ class Config:
 LOGS: dict[str, dict] = {}              # of this run's stages, by name
 
 
-def key(*parts: object) -> str:
-    """A short hash of what something was made from: modules by their weights, the rest as told."""
+def make_key(*parts: object) -> str:
+    """A short hash of what something is made from: modules by their weights, the rest by repr."""
     digest = hashlib.sha256()
     for part in parts:
         if isinstance(part, nn.Module):
@@ -123,136 +116,150 @@ def key(*parts: object) -> str:
     return digest.hexdigest()[:12]
 
 
-def fit(config: Config, name: str, module: nn.Module, loss: Callable[[torch.Generator], Tensor],
-        updates: int, lr: float, made_from: tuple, warmup: int = 200, final: float = .02
-        ) -> nn.Module:
-    """AdamW with warmup and cosine decay; the module ends with the average (EMA) of its weights.
+@dataclass(eq=False)
+class Stage:
+    """A module in training: AdamW with warmup and cosine decay, and a running mean of the weights.
 
-    loss(generator) is one batch's loss. One file in `work`, named after the stage and what it is
-    `made_from`, holds the last checkpoint and its log.
+    The mean (EMA) is what the stage ends with: samples of a diffusion model are much better with
+    it. A file in WORK, named after the stage and what it is made from, holds the last checkpoint
+    and the log.
     """
-    path = Path(config.work) / f"{name}-{key(config.seed, updates, lr, *made_from)}.safetensors"
-    params = {k: p for k, p in module.named_parameters() if p.requires_grad}
-    average = {k: p.detach().clone() for k, p in params.items()}
-    optimizer = torch.optim.AdamW(params.values(), lr, betas=(.9, .99), weight_decay=.01,
-                                  fused=True)
-    done, seconds, recent, curve, kept = 0, 0., [], {}, {}
-    if path.exists():
-        tensors = load_file(path, config.device)
-        module.load_state_dict({k[7:]: v for k, v in tensors.items() if k.startswith("module.")})
-        average = {k: tensors[f"average.{k}"] for k in params}
-        load_optimizer(optimizer, tensors)
-        with safe_open(path, framework="pt") as opened:
-            kept = json.loads(opened.metadata()["log"])
-        done, seconds, curve = kept["updates"], kept["seconds"], kept["curve"]
-    on = kept["hardware"] if done == updates else hardware(config.device)
 
-    def log() -> dict:
-        return {"updates": done, "seconds": round(seconds, 1), "curve": curve, "hardware": on}
+    config: Config
+    name: str
+    module: nn.Module
+    loss: Callable[[torch.Generator], Tensor]           # of one batch, drawn with the generator
+    updates: int
+    lr: float
+    made_from: tuple
+    warmup: int = 200
 
-    def save() -> None:
-        tensors = {f"module.{k}": v for k, v in module.state_dict().items()}
-        tensors |= {f"average.{k}": v for k, v in average.items()}
-        save_tensors(path, tensors | optimizer_tensors(optimizer), {"log": json.dumps(log())})
+    def __post_init__(self):
+        key = make_key(self.config.seed, self.updates, self.lr, *self.made_from)
+        self.path = Path(self.config.work) / f"{self.name}-{key}.safetensors"
+        self.params = {k: p for k, p in self.module.named_parameters() if p.requires_grad}
+        self.average = {k: p.detach().clone() for k, p in self.params.items()}
+        self.optimizer = torch.optim.AdamW(self.params.values(), self.lr, betas=(.9, .99),
+                                           weight_decay=.01, fused=True)
+        self.log = {"updates": 0, "seconds": 0., "curve": {}, "hardware": ""}
 
-    stage = sum(map(ord, name))
-    start, saved = time.time() - seconds, time.time()
-    with tqdm(total=updates, initial=done, desc=name, mininterval=5) as bar:
-        while done < updates:
-            for group in optimizer.param_groups:
-                decay = final + (1 - final) * .5 * (1 + math.cos(math.pi * done / updates))
-                group["lr"] = lr * min(1, (done + 1) / warmup) * decay
-            seed = config.seed * 10**9 + stage * 10**6 + done
-            generator = torch.Generator().manual_seed(seed)
-            torch.manual_seed(seed)
-            autocast = torch.autocast(config.device, torch.bfloat16, enabled=config.bf16)
-            with autocast, quick_attention(config.device):
-                value = loss(generator)
-            optimizer.zero_grad(set_to_none=True)
-            with quick_attention(config.device):
-                value.backward()
-            nn.utils.clip_grad_norm_(params.values(), 1.)
-            optimizer.step()
-            done += 1
-            keep = min(.9995, (1 + done) / (10 + done))
-            with torch.no_grad():
-                torch._foreach_lerp_(list(average.values()), list(params.values()), 1 - keep)
-            recent.append(value.detach())
-            bar.update()
-            if done % 100 == 0 or done == updates:
-                mean, recent, seconds = torch.stack(recent).mean().item(), [], time.time() - start
-                if not math.isfinite(mean):
-                    raise SystemExit(f"{name}: the loss is not finite at update {done}")
-                bar.set_postfix(loss=f"{mean:.4f}")
-                if done % 500 == 0 or done == updates:
-                    curve[str(done)] = round(mean, 5)
-                if time.time() - saved > config.save_every or done == updates:
-                    save()
-                    saved = time.time()
-    LOGS[name] = log()
-    module.load_state_dict(average, strict=False)
-    return module.eval().requires_grad_(False)
+    def train(self) -> nn.Module:
+        """To the last update, from the last checkpoint; the module, frozen."""
+        if self.path.exists():
+            self.load()
+        if self.log["updates"] < self.updates:
+            self.log["hardware"] = hardware(self.config.device)
+            self.run_updates()
+        LOGS[self.name] = self.log
+        self.module.load_state_dict(self.average, strict=False)
+        return self.module.eval().requires_grad_(False)
 
+    def run_updates(self) -> None:
+        recent: list[Tensor] = []
+        start = time.time() - self.log["seconds"]
+        saved = time.time()
+        bar = tqdm(range(self.log["updates"], self.updates), self.name, mininterval=5)
+        for update in bar:
+            recent.append(self.update(update))
+            done = update + 1
+            if done % 100 and done < self.updates:
+                continue
+            mean = torch.stack(recent).mean().item()
+            recent.clear()
+            require((not math.isfinite(mean), f"{self.name}: the loss is not finite at update "
+                                              f"{done}: try --dtype fp32"))
+            bar.set_postfix(loss=f"{mean:.4f}")
+            self.log |= {"updates": done, "seconds": round(time.time() - start, 1)}
+            if done % 500 == 0 or done == self.updates:
+                self.log["curve"][str(done)] = round(mean, 5)
+            if time.time() - saved > self.config.save_every or done == self.updates:
+                self.save()
+                saved = time.time()
 
-def write_json(path: Path, value: dict) -> None:
-    with written(path) as temporary:
-        temporary.write_text(json.dumps(value, indent=1) + "\n")
+    def update(self, update: int) -> Tensor:
+        """One step of the optimiser, and of the running mean; returns the loss."""
+        cosine = .5 * (1 + math.cos(math.pi * update / self.updates))
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.lr * min(1, (update + 1) / self.warmup) * (.02 + .98 * cosine)
+        seed = self.config.seed * 10**9 + sum(map(ord, self.name)) * 10**6 + update
+        generator = torch.Generator().manual_seed(seed)
+        torch.manual_seed(seed)
+        device, bf16 = self.config.device, self.config.dtype == "bf16"
+        with math_attention(device):
+            with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=bf16):
+                loss = self.loss(generator)
+            self.optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+        nn.utils.clip_grad_norm_(self.params.values(), 1.)
+        self.optimizer.step()
+        # At first the mean is of few weights: a decay of .9995 would keep the random ones in it.
+        decay = min(.9995, (2 + update) / (11 + update))
+        with torch.no_grad():
+            torch._foreach_lerp_(list(self.average.values()), list(self.params.values()), 1 - decay)
+        return loss.detach()
 
+    def save(self) -> None:
+        tensors = {f"module.{k}": v for k, v in self.module.state_dict().items()}
+        tensors |= {f"average.{k}": v for k, v in self.average.items()}
+        save_tensors(self.path, tensors | optimizer_tensors(self.optimizer),
+                     {"log": json.dumps(self.log)})
 
-def hardware(device: str) -> str:
-    if device.startswith("cuda"):
-        return torch.cuda.get_device_name()
-    return f"{torch.get_num_threads()} CPU threads, {platform.machine()}"
+    def load(self) -> None:
+        tensors = load_file(self.path, self.config.device)
+        self.module.load_state_dict({k.removeprefix("module."): v for k, v in tensors.items()
+                                     if k.startswith("module.")})
+        self.average = {k: tensors[f"average.{k}"] for k in self.params}
+        load_optimizer(self.optimizer, tensors)
+        with safe_open(self.path, framework="pt") as opened:
+            self.log = json.loads(opened.metadata()["log"])
 
 
 def pick(n: int, total: int, generator: torch.Generator) -> Tensor:
+    """(n,) rows of `total`."""
     return torch.randint(total, (n,), generator=generator)
 
 
-# ------------------------------------------------------------------ stages
+# ------------------------------------------------------------------ images
 
-def pictures(config: Config) -> dict[str, Tensor]:
+def made_of_images(config: Config) -> tuple:
+    """What `draw_images` depends on."""
+    return "images", config.seed, config.images
+
+
+def draw_images(config: Config) -> dict[str, Tensor]:
     """{style}.attributes (N, 6) and {style}.images (N, 3, 64, 64) uint8, drawn once."""
-    path = Path(config.work) / f"pictures-{key(drawn(config))}.safetensors"
+    path = Path(config.work) / f"images-{make_key(made_of_images(config))}.safetensors"
     if not path.exists():
         tensors = {}
         for i, style in enumerate(postcards.STYLES):
             generator = torch.Generator().manual_seed(config.seed + i)
-            total = config.pictures if i == 0 else config.pictures // 8
-            a = postcards.sample_attributes(total, generator)
-            images = [(postcards.draw(part, style, generator) * 255).round().byte()
-                      for part in tqdm(a.split(500), desc=f"pictures, {style}")]
-            tensors |= {f"{style}.attributes": a, f"{style}.images": torch.cat(images)}
+            total = config.images if i == 0 else config.images // 8
+            attributes = postcards.sample_attributes(total, generator)
+            tensors[f"{style}.attributes"] = attributes
+            tensors[f"{style}.images"] = draw_style(attributes, style, generator)
         save_tensors(path, tensors)
     return load_file(path, config.device)
 
 
-def drawn(config: Config) -> tuple:
-    """What `pictures` are made from."""
-    return "pictures", config.seed, config.pictures
+def draw_style(attributes: Tensor, style: str, generator: torch.Generator) -> Tensor:
+    """(N, 3, 64, 64) uint8."""
+    return torch.cat([(postcards.draw(part, style, generator) * 255).round().byte()
+                      for part in tqdm(attributes.split(500), f"images, {style}")])
 
 
-def train_vae(config: Config, data: dict[str, Tensor], trained: VAE | None = None) -> VAE:
-    """Absolute and squared error of pixels, absolute error of differences, a little KL.
+# ------------------------------------------------------------------ autoencoder
 
-    With a trained autoencoder, its decoder alone learns on: the latents stay what they are.
-    """
+def train_vae(config: Config, data: dict[str, Tensor]) -> VAE:
+    """Absolute and squared error of pixels, absolute error of differences, a little KL."""
     plain = data["postcard.images"]
     styled = torch.cat([data[f"{s}.images"] for s in postcards.STYLES[1:]])
-    if trained and not config.decoder_updates:
-        return trained
     torch.manual_seed(config.seed)
-    vae = trained or VAE(VAE_CONFIG).to(config.device, memory_format=torch.channels_last)
-    if trained:
-        vae.decoder.requires_grad_(True)
-        vae.post_quant_conv.requires_grad_(True)
+    vae = VAE(VAE_CONFIG).to(config.device, memory_format=torch.channels_last)
     share = max(1, config.vae_batch // 8)
 
     def forward(x: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
-        with torch.set_grad_enabled(not trained):
-            moments = vae.encode(x).float()
-        z = vae.sample(moments, noise)
-        return vae.decode(z).float(), moments
+        moments = vae.encode(x).float()
+        return vae.decode(vae.sample(moments, noise)).float(), moments
 
     step = torch.compile(forward) if config.compile else forward
 
@@ -268,11 +275,30 @@ def train_vae(config: Config, data: dict[str, Tensor], trained: VAE | None = Non
         edges = error.diff(dim=2).abs().mean() + error.diff(dim=3).abs().mean()
         return error.abs().mean() + 4 * error.square().mean() + edges + 3e-4 * kl
 
-    made_from = drawn(config), config.vae_batch
-    if trained:
-        return fit(config, "decoder", vae, loss, config.decoder_updates, 1e-3, (*made_from, vae))
-    return fit(config, "vae", vae, loss, config.vae_updates, 1.5e-3, made_from)
+    made_from = made_of_images(config), config.vae_batch
+    return Stage(config, "vae", vae, loss, config.vae_updates, 1.5e-3, made_from).train()
 
+
+@torch.no_grad()
+def encode_images(config: Config, vae: VAE, images: Tensor, name: str, made_from: tuple) -> Tensor:
+    """Moments (N, 8, 8, 8) of images, cached. made_from: what the images depend on."""
+    made_from = (*made_from, vae.encoder, vae.quant_conv)
+    path = Path(config.work) / f"moments-{name}-{make_key(*made_from)}.safetensors"
+    if not path.exists():
+        parts = [vae.encode((x.float() / 127.5 - 1).contiguous(memory_format=torch.channels_last))
+                 for x in tqdm(images.split(200), desc=f"moments, {name}")]
+        save_tensors(path, {"moments": torch.cat(parts)})
+    return load_file(path, config.device)["moments"]
+
+
+def set_scale(vae: VAE, moments: Tensor) -> None:
+    """Gives the autoencoder the scale factor that brings its latents to unit variance."""
+    mean, logvar = moments.chunk(2, 1)
+    std = (mean.var() + logvar.exp().mean()).sqrt().item()
+    vae.config = replace(vae.config, scale_factor=round(1 / std, 5))
+
+
+# ------------------------------------------------------------------ CLIP and its text encoder
 
 def build_clip(config: Config) -> nn.Module:
     import open_clip  # only here: it brings torchvision
@@ -283,14 +309,16 @@ def build_clip(config: Config) -> nn.Module:
 
 
 def train_clip(config: Config, data: dict[str, Tensor]) -> nn.Module:
-    """Contrastive, captions without lies; the context cut to the longest caption, for speed.
+    """Contrastive, on captions that are true; their context is cut to the longest, for speed.
 
-    Half of a batch is pictures in fours that differ in position only: among pictures that differ in
+    Half of a batch is images in fours that differ in position only: among images that differ in
     everything, nobody needs to look where the subject stands, and the text would not tell.
     """
     attributes, images = data["postcard.attributes"].cpu(), data["postcard.images"]
-    clip, tokenizer = build_clip(config), Tokenizer()
-    draw_fours, half = fours(attributes), config.clip_batch // 2
+    clip = build_clip(config)
+    tokenizer = Tokenizer()
+    draw_fours = fours(attributes)
+    half = config.clip_batch // 2
 
     def loss(generator: torch.Generator) -> Tensor:
         rows = torch.cat([pick(half, len(images), generator), draw_fours(half // 4, generator)])
@@ -304,18 +332,19 @@ def train_clip(config: Config, data: dict[str, Tensor]) -> nn.Module:
         target = torch.arange(len(rows), device=x.device)
         return (F.cross_entropy(scores, target) + F.cross_entropy(scores.T, target)) / 2
 
-    return fit(config, "clip", clip, loss, config.clip_updates, 1e-3,
-               (drawn(config), config.clip_batch))
+    made_from = made_of_images(config), config.clip_batch
+    return Stage(config, "clip", clip, loss, config.clip_updates, 1e-3, made_from).train()
 
 
 def fours(attributes: Tensor) -> Callable[[int, torch.Generator], Tensor]:
-    """A function that draws (4 n,) rows: n scenes, four pictures of each, differing in position."""
-    key = torch.zeros(len(attributes), dtype=torch.long)
+    """A function that draws (4 n,) rows: n scenes, four images of each, differing in position."""
+    scene = torch.zeros(len(attributes), dtype=torch.long)
     for (name, values), column in zip(postcards.ATTRIBUTES.items(), attributes.T):
         if name != "position":
-            key = key * len(values) + column
-    scenes, counts = key.unique(return_counts=True)
-    order, starts = key.argsort(), counts.cumsum(0) - counts
+            scene = scene * len(values) + column
+    scenes, counts = scene.unique(return_counts=True)
+    order = scene.argsort()
+    starts = counts.cumsum(0) - counts
 
     def draw(n: int, generator: torch.Generator) -> Tensor:
         k = pick(n, len(scenes), generator)[:, None]
@@ -351,7 +380,7 @@ def text_encoder_from(clip: nn.Module) -> TextEncoder:
         elif key.startswith(("transformer.", "token_embedding.", "ln_final.")):
             for old, new in names:
                 key = key.replace(old, new)
-            if "in_proj_" in key:
+            if "in_proj_" in key:                       # open_clip keeps q, k and v in one tensor
                 for part, piece in zip("qkv", value.chunk(3)):
                     state[key.replace("in_proj_", f"{part}_proj.")] = piece.clone()
             else:
@@ -361,10 +390,13 @@ def text_encoder_from(clip: nn.Module) -> TextEncoder:
     return encoder.eval().requires_grad_(False)
 
 
+# ------------------------------------------------------------------ judge
+
 def train_judge(config: Config, data: dict[str, Tensor]) -> Judge:
-    """On all styles alike: it reads what the fine-tuned bases paint as well."""
+    """On all styles alike, so that it can read the images of fine-tuned bases as well."""
     torch.manual_seed(config.seed)
-    judge, share = Judge().to(config.device), max(1, config.judge_batch // len(postcards.STYLES))
+    judge = Judge().to(config.device)
+    share = max(1, config.judge_batch // len(postcards.STYLES))
 
     def loss(generator: torch.Generator) -> Tensor:
         rows = {s: pick(share, len(data[f"{s}.images"]), generator) for s in postcards.STYLES}
@@ -376,44 +408,36 @@ def train_judge(config: Config, data: dict[str, Tensor]) -> Judge:
         x = x + .05 * k * torch.randn(x.shape, generator=generator).to(x.device)
         return judge.loss(x, attributes)
 
-    return fit(config, "judge", judge, loss, config.judge_updates, 2e-3,
-               (drawn(config), config.judge_batch))
+    made_from = made_of_images(config), config.judge_batch
+    return Stage(config, "judge", judge, loss, config.judge_updates, 2e-3, made_from).train()
 
 
-@torch.no_grad()
-def latents(config: Config, vae: VAE, images: Tensor, name: str, made_from: tuple) -> Tensor:
-    """Moments (N, 8, 8, 8) of pictures, cached. made_from: what the pictures were."""
-    made_from = (*made_from, vae.encoder, vae.quant_conv)
-    path = Path(config.work) / f"moments-{name}-{key(*made_from)}.safetensors"
-    if not path.exists():
-        parts = [vae.encode((x.float() / 127.5 - 1).contiguous(memory_format=torch.channels_last))
-                 for x in tqdm(images.split(200), desc=f"moments, {name}")]
-        save_tensors(path, {"moments": torch.cat(parts)})
-    return load_file(path, config.device)["moments"]
-
+# ------------------------------------------------------------------ UNet
 
 class Captions:
-    """Captions with their text states, by what they say: pool[k] describes combination k."""
+    """Captions of every combination of attributes, with their text states, computed once."""
 
     def __init__(self, config: Config, encoder: TextEncoder):
         self.radix = torch.tensor([len(v) for v in postcards.ATTRIBUTES.values()])
         rng = random.Random(config.seed)
         total = int(self.radix.prod())
         self.each = math.ceil(config.captions / total)
-        texts = [postcards.caption(self.split(k // self.each), rng)
+        texts = [postcards.caption(self.attributes_of(k // self.each), rng)
                  for k in range(total * self.each)]
-        self.key = key(config.seed, config.captions, encoder)
-        path, tokenizer = Path(config.work) / f"captions-{self.key}.safetensors", Tokenizer()
+        self.key = make_key(config.seed, config.captions, encoder)
+        path = Path(config.work) / f"captions-{self.key}.safetensors"
+        tokenizer = Tokenizer()
+        encoder = encoder.to(config.device)
         if not path.exists():
-            encoder = encoder.to(config.device)
             with torch.no_grad():
                 parts = [encoder(tokenizer(texts[i:i + 500]).to(config.device)).half().cpu()
                          for i in tqdm(range(0, len(texts), 500), desc="captions")]
             save_tensors(path, {"states": torch.cat(parts)})
-        self.states = load_file(path, config.device)["states"]                 # (K · each, 77, D)
-        self.empty = encoder.to(config.device)(tokenizer("").to(config.device))
+        self.states = load_file(path, config.device)["states"]              # (total · each, 77, D)
+        self.empty = encoder(tokenizer("").to(config.device))
 
-    def split(self, k: int) -> Tensor:
+    def attributes_of(self, k: int) -> Tensor:
+        """(6,) the attributes of combination k."""
         values = []
         for n in self.radix.flip(0).tolist():
             k, value = divmod(k, n)
@@ -421,17 +445,22 @@ class Captions:
         return torch.tensor(values[::-1])
 
     def index(self, attributes: Tensor) -> Tensor:
+        """(B,) the combination that each of (B, 6) is."""
         k = torch.zeros(len(attributes), dtype=torch.long)
         for column, n in zip(attributes.T, self.radix.tolist()):
             k = k * n + column
         return k
 
-    def draw(self, attributes: Tensor, lies: float, generator: torch.Generator) -> Tensor:
-        """States (B, 77, D) of captions; a share of them lies, a tenth is empty."""
+    def draw(self, attributes: Tensor, wrong: float, generator: torch.Generator) -> Tensor:
+        """States (B, 77, D) of captions; a share `wrong` is of other images, a tenth is empty.
+
+        Captions of the web are often wrong, and that is why guidance matters: a base trained on
+        them follows its prompt only loosely. The empty ones teach CFG's second pass.
+        """
         n = len(attributes)
         rows = self.index(attributes) * self.each + pick(n, self.each, generator)
-        lie = torch.rand(n, generator=generator) < lies
-        rows = torch.where(lie, pick(n, len(self.states), generator), rows)
+        other = torch.rand(n, generator=generator) < wrong
+        rows = torch.where(other, pick(n, len(self.states), generator), rows)
         c = self.states[rows].float()
         empty = (torch.rand(n, generator=generator) < .1).to(c.device)
         return torch.where(empty[:, None, None], self.empty.float(), c)
@@ -450,106 +479,69 @@ def train_unet(config: Config, unet: UNet, name: str, moments: Tensor, attribute
         eps = torch.randn(2, n, 4, 8, 8, generator=generator).to(config.device)
         x = vae.sample(moments[rows.to(moments.device)], eps[0])
         u = torch.rand(2, n, generator=generator)
-        t = (1000 * torch.where(u[1] < .5, u[0], u[0].sqrt())).long().to(config.device)
-        c = captions.draw(attributes[rows], config.lies, generator)
+        t = (TIMESTEPS * torch.where(u[1] < .5, u[0], u[0].sqrt())).long().to(config.device)
+        c = captions.draw(attributes[rows], config.caption_noise, generator)
         return F.mse_loss(step(add_noise(x, eps[1], t), t, c).float(), eps[1])
 
     unet.train().requires_grad_(True)
-    made_from = (*made_from, config.unet_batch, config.lies, captions.key, vae.encoder)
-    return fit(config, name, unet, loss, updates, lr, made_from, warmup)
+    made_from = (*made_from, config.unet_batch, config.caption_noise, captions.key, vae.encoder)
+    return Stage(config, name, unet, loss, updates, lr, made_from, warmup).train()
+
+
+def train_styles(config: Config, base: Base, out: Path) -> None:
+    """Three fine-tuned bases, each a whole checkpoint in out/styles: the UNet alone trains on, a
+    little, in each style. Minutes on a CPU."""
+    captions = Captions(config, base.text)
+    for i, style in enumerate(postcards.STYLES[1:]):
+        generator = torch.Generator().manual_seed(config.seed + 50 + i)
+        attributes = postcards.sample_attributes(config.style_images, generator)
+        images = draw_style(attributes, style, generator).to(config.device)
+        made_from = config.seed, config.style_images
+        moments = encode_images(config, base.vae, images, style, made_from)
+        unet = train_unet(config, copy.deepcopy(base.unet), style, moments, attributes, captions,
+                          base.vae, config.style_updates, 3e-4, (*made_from, base.unet), warmup=50)
+        save_checkpoint(out / f"styles/{style}.safetensors", unet, base.vae, base.text,
+                        title="postcards")
 
 
 # ------------------------------------------------------------------ the whole
 
-def scaled(vae: VAE, moments: Tensor) -> VAE:
-    """The same autoencoder with the scale factor that brings its latents to unit variance."""
-    mean, logvar = moments.chunk(2, 1)
-    std = (mean.var() + logvar.exp().mean()).sqrt().item()
-    vae.config = replace(vae.config, scale_factor=round(1 / std, 5))
-    return vae
-
-
-def train_styles(config: Config, base: Path, out: Path) -> None:
-    """Three fine-tuned bases: a miniature's UNet alone trains on, a little, in each style.
-
-    They go to `out/styles`, each a whole checkpoint. Minutes on a CPU.
-    """
-    base = load_base(base, device=config.device)
-    captions = Captions(config, base.text)
-    for i, style in enumerate(postcards.STYLES[1:]):
-        generator = torch.Generator().manual_seed(config.seed + 50 + i)
-        attributes = postcards.sample_attributes(config.style_pictures, generator)
-        images = torch.cat([(postcards.draw(part, style, generator) * 255).round().byte()
-                            for part in attributes.split(500)]).to(config.device)
-        made_from = config.seed, config.style_pictures
-        moments = latents(config, base.vae, images, style, made_from)
-        tuned = copy.deepcopy(base.unet)
-        train_unet(config, tuned, style, moments, attributes, captions, base.vae,
-                   config.style_updates, 3e-4, (*made_from, base.unet), warmup=50)
-        save_base(out / f"styles/{style}.safetensors", tuned, base.vae, base.text,
-                  title="postcards")
-
-
 def run(config: Config) -> None:
-    """Every stage up to `until`; what earlier runs left on disk is read, not made again."""
-    Path(config.work).mkdir(parents=True, exist_ok=True)
+    """Every stage; what earlier runs left on disk is read, not made again."""
+    config = replace(config, device=find_device(config.device))
     if config.styles_only:
         base = Path(config.out, "mini.safetensors") if config.out else MINI
-        return train_styles(config, base, base.parent)
+        return train_styles(config, load_base(base, device=config.device), base.parent)
     out = Path(config.out or Path(config.work, "made"))
     LOGS.clear()
-    for stage in stage_by_stage(config, out):
-        if stage == config.until:
-            break
-    write_json(out / "training.json", {"settings": asdict(config)} | LOGS)
-
-
-def stage_by_stage(config: Config, out: Path) -> Iterator[str]:
-    """Yields each stage's name once it is done, and its weights are in `out`."""
-    data = pictures(config)
-    yield "pictures"
+    data = draw_images(config)
     vae = train_vae(config, data)
-    yield "vae"
-    vae = train_vae(config, data, vae)
-    yield "decoder"
     clip = train_clip(config, data)
     weights = clip.state_dict()
     weights["positional_embedding"] = all_positions(weights["positional_embedding"])
     save_tensors(out / "clip.safetensors", {k: v.half() for k, v in weights.items()})
     write_json(out / "clip.json", CLIP_CONFIG)
-    yield "clip"
-    judge = train_judge(config, data)
-    save_tensors(out / "judge.safetensors", judge.state_dict())
-    yield "judge"
-    encoder = text_encoder_from(clip).half().float()                           # as it is packed
-    moments = latents(config, vae, data["postcard.images"], "postcard", drawn(config))
-    vae, captions = scaled(vae, moments), Captions(config, encoder)
+    save_tensors(out / "judge.safetensors", train_judge(config, data).state_dict())
+
+    encoder = text_encoder_from(clip).half().float()            # rounded as the file will hold it
+    moments = encode_images(config, vae, data["postcard.images"], "postcard",
+                            made_of_images(config))
+    set_scale(vae, moments)
+    captions = Captions(config, encoder)
     torch.manual_seed(config.seed)
-    unet = UNet(UNET_CONFIG).to(config.device)
-    train_unet(config, unet, "unet", moments, data["postcard.attributes"], captions, vae,
-               config.unet_updates, 1e-3, drawn(config))
-    save_base(out / "mini.safetensors", unet, vae, encoder, title="postcards")
-    yield "unet"
-    train_styles(config, out / "mini.safetensors", out)
-    yield "styles"
+    unet = train_unet(config, UNet(UNET_CONFIG).to(config.device), "unet", moments,
+                      data["postcard.attributes"], captions, vae, config.unet_updates, 1e-3,
+                      made_of_images(config))
+    save_checkpoint(out / "mini.safetensors", unet, vae, encoder, title="postcards")
+    train_styles(config, load_base(out / "mini.safetensors", device=config.device), out)
+    write_json(out / "training.json", {"settings": asdict(config)} | LOGS)
 
 
-def parse(argv: list[str] | None = None) -> Config:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    for field in fields(Config):
-        flag, default = "--" + field.name.replace("_", "-"), field.default
-        if isinstance(default, bool):
-            parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=default)
-        elif field.name == "until":
-            parser.add_argument(flag, choices=STAGES, default=default)
-        else:
-            parser.add_argument(flag, type=type(default), default=default)
-    return Config(**vars(parser.parse_args(argv)))
+def main(argv: list[str] | None = None) -> None:
+    run_command("mini/train.py",
+                lambda: run(parse(Config, "mini/train.py", __doc__.splitlines()[0], argv)),
+                "lower the batches", lambda: "stopped; the same command goes on from there")
 
 
 if __name__ == "__main__":
-    try:
-        run(parse())
-    except (CheckpointError, OSError) as error:
-        print(f"mini/train.py: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
+    main()
