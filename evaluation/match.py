@@ -1,0 +1,154 @@
+"""How much of the CFG correction a guide explains, by g and by t: `eval.py match`.
+
+The measure is ‖e − e_teacher‖² / ‖ε_c − e_teacher‖², as training reports it: 100 % is no guide at
+all, 0 % a perfect one.
+
+Shapes: B images, Z latent channels, G guidance numbers, N steps of the grid.
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+import ppdd
+from evaluation import sampling
+from evaluation.report import markdown_table, protocol_list, result_file, write_result
+from evaluation.sampling import Prompts, Row
+from mini import postcards
+from support.base import Base, find_weights
+from support.machine import provenance, resolve_dtype
+
+BINS = 10                       # of t
+# Training sees noised images; sampling visits other latents, where errors of a guide build up.
+SOURCES = ("noised real images", "CFG's own trajectories")
+
+
+def match(config) -> None:
+    """`match`: the share of the CFG correction that each stage-one guide leaves unexplained."""
+    base = sampling.load(config, find_weights(config.weights))
+    config = sampling.resolve_defaults(config)
+    rows = [row for row in sampling.make_rows(config, base) if row.guide and row.stage_one]
+    sampling.require_guides(rows, base, "stage-one guide")
+    prompts = Prompts(config, base)
+    steps = 10 if config.quick else sampling.STAGE_ONE
+    grid = ppdd.step_grid(steps)
+    sums = torch.zeros(len(rows), len(SOURCES), len(config.g), BINS, 2, dtype=torch.float64)
+    with tqdm(total=config.count, unit="image", desc="match") as bar:
+        for start in range(0, config.count, config.batch):
+            part = slice(start, min(start + config.batch, config.count))
+            sums += squared_errors(config, base, prompts, rows, part, grid)
+            bar.update(part.stop - start)
+    result = {"protocol": _protocol(config, base, prompts, steps), "guides": {
+        row.name: {"guide": row.source} | {
+            source: _shares(config.g, sums[r, j]) for j, source in enumerate(SOURCES)
+            if prompts.own_captions or j} for r, row in enumerate(rows)}}
+    write_result(result_file(config), result, match_page(result))
+
+
+def _protocol(config, base: Base, prompts: Prompts, steps: int) -> dict:
+    return {"base": base.name, "base hash": base.sha256, "images": config.count,
+            "prompts": config.prompts or "fresh captions of postcards, as in Table 2",
+            "dtype": str(resolve_dtype(config.dtype, config.device)),
+            "t": f"those of a run of {steps} steps",
+            "noise": f"seeds from {prompts.first_noise(config.seed)}", **provenance(config)}
+
+
+@torch.no_grad()
+def squared_errors(config, base: Base, prompts: Prompts, rows: list[Row], part: slice,
+                   grid: list[int]) -> Tensor:
+    """‖e − e_teacher‖² and ‖ε_c − e_teacher‖² of some images: (guides, SOURCES, G, BINS, 2).
+
+    Each is summed over the images, and over the t of the grid in each bin.
+    """
+    texts, attributes = prompts.of(config.seed)
+    c = base.embed(texts[part])                                                    # (B, L, D)
+    empty = base.embed([""]).expand_as(c)
+    seed = prompts.first_noise(config.seed) + part.start
+    side = sampling.image_side(config, base) // 8
+    start = ppdd.noise(range(seed, seed + len(c)), (base.unet.config.in_channels, side, side))
+    trajectories = [start.to(c.device)] * len(config.g)                            # (B, Z, H, W)
+    noised = None
+    if prompts.own_captions:
+        noised = noised_postcards(base, prompts.style, attributes[part], grid, seed)
+    sums = torch.zeros(len(rows), len(SOURCES), len(config.g), BINS, 2, dtype=torch.float64)
+    for i, (t, t_next) in enumerate(pairwise(grid)):
+        times = torch.full((len(c),), t, device=c.device)
+        k = t * BINS // ppdd.TIMESTEPS
+        if noised:
+            errors, _ = compare_with_teacher(base, rows, config.g, noised[i], times, c, empty)
+            sums[:, 0, :, k] += errors
+        for j, g in enumerate(config.g):
+            errors, e_teacher = compare_with_teacher(base, rows, (g,), trajectories[j], times, c,
+                                                     empty)
+            sums[:, 1, j, k] += errors[:, 0]
+            trajectories[j] = ppdd.ddim_step(trajectories[j], e_teacher, t, t_next)
+    return sums
+
+
+def compare_with_teacher(base: Base, rows: list[Row], gs: tuple[float, ...], z: Tensor, t: Tensor,
+                         c: Tensor, empty: Tensor) -> tuple[Tensor, Tensor]:
+    """The sums (guides, G, 2) of one batch at one t, and Eq. 3 at the last g, (B, Z, H, W).
+
+    The base runs once with the prompt and once without, for all guides and g.
+    """
+    unet = base.unet
+    z = z.to(c)
+    emb = unet.embed_time(t)
+    skips, h = unet.encode(z, emb, c)
+    eps_c = unet.decode(skips, h, emb, c).float()
+    eps_empty = unet.decode(*unet.encode(z, emb, empty), emb, empty).float()
+    sums = torch.zeros(len(rows), len(gs), 2)
+    for j, g in enumerate(gs):
+        e_teacher = ppdd.cfg(eps_c, eps_empty, g)
+        guidance = torch.full((len(z),), g, device=z.device)
+        for r, row in enumerate(rows):
+            residuals = row.guide(guidance, emb, c, z, t)
+            e = unet.decode(skips, h, emb, c, residuals).float()
+            errors = torch.stack([e - e_teacher, eps_c - e_teacher])
+            sums[r, j] = errors.square().mean((2, 3, 4)).sum(1).cpu()
+    return sums, e_teacher
+
+
+def noised_postcards(base: Base, style: str, attributes: Tensor, grid: list[int], seed: int
+                     ) -> list[Tensor]:
+    """Real postcards of these attributes, noised to every t of the grid: z_t (B, Z, H, W) each."""
+    generator = torch.Generator().manual_seed(seed)
+    images = postcards.draw(attributes, style, generator).to(base.device)
+    weight = next(base.vae.parameters())
+    moments = base.vae.encode((images * 2 - 1).to(weight.dtype)).float()           # (B, 2Z, H, W)
+    shape = (len(grid), len(moments), moments.shape[1] // 2, *moments.shape[2:])
+    noise = torch.randn(shape, generator=generator).to(base.device)
+    x = base.vae.sample(moments, noise[-1])
+    return [ppdd.add_noise(x, eps, torch.full((len(x),), t, device=base.device))
+            for t, eps in zip(grid[:-1], noise)]
+
+
+def _shares(gs: tuple[float, ...], sums: Tensor) -> dict:
+    """The shares in percent, of sums (G, BINS, 2): of all, by g and by t."""
+    def share(part: Tensor) -> float:
+        return round(100 * (part[..., 0].sum() / part[..., 1].sum()).item(), 2)
+
+    width = ppdd.TIMESTEPS // BINS
+    return {"all": share(sums),
+            "by g": {f"{g:g}": share(part) for g, part in zip(gs, sums)},
+            "by t": {f"{b * width}–{(b + 1) * width - 1}": share(sums[:, b]) for b in range(BINS)}}
+
+
+def match_page(result: dict) -> str:
+    """A table by g, one by t, and the protocol, in Markdown."""
+    lines = ["# Teacher match: ‖e − e_teacher‖² / ‖ε_c − e_teacher‖² in percent", "",
+             "100 is no guide at all, 0 a perfect one."]
+    shares = [(name, source, guide[source]) for name, guide in result["guides"].items()
+              for source in SOURCES if source in guide]
+    for by in ("by g", "by t"):
+        _, _, first = shares[0]
+        columns = [f"{by[-1]} = {value}" for value in first[by]]
+        lines += ["", *markdown_table(["guide", "on", "all", *columns],
+                                      ([name, source, share["all"], *share[by].values()]
+                                       for name, source, share in shares))]
+    guides = [f"- {name}: {guide['guide']}" for name, guide in result["guides"].items()]
+    return "\n".join([*lines, "", *protocol_list(result["protocol"]), *guides]) + "\n"

@@ -1,0 +1,239 @@
+"""Ways of sampling, one a row of Table 2, and what they are all given: prompts, noise, a base."""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+import ppdd
+from mini import postcards
+from support import base as bases
+from support import fast
+from support.base import Base
+from support.captions import read_prompts
+from support.cli import BadInput, require
+from support.distributed import print_once
+from support.files import expand, sha256
+from support.guides import guide_path, load_guide, read_guide
+from support.machine import resolve_dtype
+
+GUIDES = ("full", "full-16", "full-8", "tiny", "tiny-16", "tiny-8", "tiny-8-g8")   # the paper's
+OUR_GUIDES = ("tiny-gated", "tiny-gated-16", "tiny-gated-8")
+STAGE_ONE = 50                  # steps of a guide that was never halved, and of the teacher
+ONE_G = ("table3", "fig5", "fig6", "fig8")        # commands that take one g
+
+# Image k of seed s starts from noise FIRST_NOISE + NOISE_PER_SEED · s + k. Training, which draws
+# from small seeds, never sees it, and no two seeds of a table share any.
+FIRST_NOISE = 10**9
+NOISE_PER_SEED = 10**6
+
+
+# ------------------------------------------------------------------------------- rows
+
+class Row(NamedTuple):
+    """One way of sampling: a row of Table 2."""
+
+    name: str                           # in result files and folders: cfg-50, tiny-8
+    title: str
+    kind: str                           # none, cfg, full or tiny
+    steps: int
+    sampler: str = "ddim"
+    guide: nn.Module | None = None
+    file: Path | None = None            # the guide's, and its SHA-256
+    guide_hash: str = ""
+    only_g: float | None = None         # the one g that it is made for; no guidance is g = 0
+    stage_one: bool = True              # not halved, for any g, against the empty prompt
+
+    @property
+    def passes(self) -> tuple[int, int]:
+        """Passes of the UNet and of the guide for one image; PLMS takes its first step twice.
+
+        The tiny guide never sees z_t: its residuals of all steps are computed at once, before the
+        first, which costs no pass.
+        """
+        predictions = self.steps + (self.sampler == "plms" and self.steps > 1)
+        unet = 2 * predictions if self.kind == "cfg" else predictions
+        return unet, predictions if self.kind == "full" else 0
+
+    @property
+    def source(self) -> str | None:
+        """The guide's file and its hash, for a result file."""
+        return f"{os.path.relpath(self.file)}, SHA-256 {self.guide_hash}" if self.file else None
+
+    def g_values(self, gs: Iterable[float]) -> list[float]:
+        """Those of the guidance numbers at which the row is measured."""
+        return [0.0] if self.kind == "none" else [g for g in gs if self.only_g in (None, g)]
+
+
+WITHOUT_GUIDE = (Row("none-50", "no guidance, 50 steps", "none", 50, only_g=0.0),
+                 Row("cfg-50", "CFG, DDIM, 50 steps", "cfg", 50),
+                 Row("cfg-16", "CFG, DDIM, 16 steps", "cfg", 16),
+                 Row("cfg-8", "CFG, DDIM, 8 steps", "cfg", 8),
+                 Row("cfg-plms-50", "CFG, PLMS, 50 steps", "cfg", 50, "plms"))
+
+
+def make_rows(config, base: Base, names: tuple[str, ...] = ()) -> list[Row]:
+    """The rows of a base: without a guide, with the guides of these names, and of --guides.
+
+    Guides that are not there are left out, with a line for each, unless --guides asked for them.
+    """
+    rows = [*WITHOUT_GUIDE]
+    for name in dict.fromkeys((*(names or (*GUIDES, *OUR_GUIDES)), *config.guides)):
+        try:
+            row = guide_row(config, base, name)
+            require((row.name in {other.name for other in rows},
+                     f"{row.file} has the name of another guide: rename the file"))
+            rows.append(row)
+        except BadInput as error:
+            if name in config.guides:
+                raise
+            if name not in OUR_GUIDES:
+                print_once(f"a row is left out: {error}")
+    return rows
+
+
+def guide_row(config, base: Base, name: str) -> Row:
+    """The row of the guide of that name, or in that file, by what it says of itself."""
+    path = guide_path(base, name)
+    described = read_guide(path)
+    about = described.about
+    guide = load_guide(path, base.unet.config, resolve_dtype(config.dtype, config.device),
+                       config.device)
+    fast.prepack(guide)
+    steps = about.get("steps") or STAGE_ONE
+    low, high = about.get("g_range") or (0, 1)
+    only_g = low if low == high else None
+    kind = path.stem.removesuffix(f"-g{low:g}").removesuffix(f"-{steps}")
+    title = f"{kind} guide, {steps} steps"
+    if only_g is not None:
+        title += f", trained at g = {low:g} only"
+    stage_one = not about.get("steps") and only_g is None and not about.get("uncond")
+    return Row(path.stem, title, described.config.kind, steps, "ddim", guide, path, sha256(path),
+               only_g, stage_one)
+
+
+def require_guides(rows: list[Row], base: Base, what: str = "guide") -> list[Row]:
+    """The rows. Raises BadInput where none of them has a guide."""
+    require((not any(row.guide for row in rows),
+             f"there is no {what} for {base.name}: train one with train.py"))
+    return rows
+
+
+def plugged_in_rows(config, base: Base) -> list[Row]:
+    """No guidance, CFG and the plain base's stage-one guides, for a fine-tune of that base."""
+    given = config.bases or config.weights
+    plain = replace(base, path=bases.find_weights(config.weights) if given else bases.MINI)
+    rows = require_guides(make_rows(config, plain, ("full", "tiny", *OUR_GUIDES[:1])), plain)
+    return [row for row in rows if row.guide or (row.steps, row.sampler) == (STAGE_ONE, "ddim")]
+
+
+# ------------------------------------------------------------------------------- bases, settings
+
+def load(config, path: Path) -> Base:
+    """A base as it is evaluated: its convolutions are prepacked, which changes rounding only."""
+    base = bases.load_base(path, resolve_dtype(config.dtype, config.device), config.device)
+    print_once(bases.describe_base(path, config.weights))
+    fast.prepack(base.unet, base.vae)
+    return base
+
+
+def style_files(config) -> list[Path]:
+    """The fine-tuned bases: --bases, else the miniature's three styles. Raises BadInput."""
+    if config.bases:
+        paths = [expand(path) for path in config.bases]
+        names = {bases.base_name(path) for path in paths}
+        require(*((not path.exists(), f"--bases: {path} does not exist") for path in paths),
+                (len(names) < len(paths), "--bases: give each a name of its own"))
+        return paths
+    folder = bases.MINI.parent / "styles"
+    paths = [folder / f"{style}.safetensors" for style in postcards.STYLES[1:]]
+    require(*((not path.exists(), f"there is no {path}: make the miniature's styles with "
+               "`python mini/train.py --styles-only`, or pass --bases FILE ...")
+              for path in paths))
+    return paths
+
+
+def resolve_defaults(config):
+    """The configuration with what suits the command in place of every 0 and empty setting."""
+    quick = config.quick
+    count = config.count
+    if config.prompts and not count:
+        count = len(read_prompts(config.prompts))
+        count = min(8, count) if quick else count
+    g = (8.0,) if config.command in ONE_G else (2.0, 8.0) if quick else (2.0, 4.0, 6.0, 8.0)
+    config = replace(
+        config, g=tuple(dict.fromkeys(config.g)) or g, seeds=config.seeds or (2 if quick else 3),
+        count=count or (8 if quick else 64 if config.command == "match" else 300),
+        references=config.references or (200 if quick else 2000),
+        repeats=config.repeats or (1 if quick else 3))
+    require((config.count > NOISE_PER_SEED, f"--count {config.count}: at most {NOISE_PER_SEED}"),
+            (config.command == "match" and any(abs(g) < 0.001 for g in config.g),
+             "--g 0 is no guidance: nothing to match"))
+    return config
+
+
+def image_side(config, base: Base) -> int:
+    """Side of the images in pixels: what --size says, else 512, or the miniature's 64."""
+    unit = 8 * 2 ** (len(base.unet.config.channel_mult) - 1)
+    size = config.size or ("64" if base.is_miniature else "512")
+    require((not size.isdecimal() or int(size) % unit or not unit <= int(size) <= 4096,
+             f"--size {size}: a multiple of {unit} with {base.name}, at most 4096"))
+    return int(size)
+
+
+# ------------------------------------------------------------------------------- prompts, images
+
+class Prompts:
+    """What a base is asked for: prompts by seed, and the noise that each image starts from."""
+
+    def __init__(self, config, base: Base):
+        self.config = config
+        self.own_captions = base.is_miniature and not config.prompts
+        self._by_seed: dict[int, tuple[list[str], Tensor | None]] = {}
+        self.style = base.name if base.name in postcards.STYLES else postcards.STYLES[0]
+        require((not base.is_miniature and not config.prompts,
+                 f"--prompts is needed with {base.name}: a text file of prompts, or COCO's "
+                 "captions_val2014.json"))
+
+    def first_noise(self, seed: int) -> int:
+        """The noise seed of a seed's first image."""
+        return FIRST_NOISE + NOISE_PER_SEED * seed
+
+    def of(self, seed: int) -> tuple[list[str], Tensor | None]:
+        """The prompts of a seed; of the miniature's captions also what they ask for, (N, 6)."""
+        if seed not in self._by_seed:
+            self._by_seed[seed] = self._make(seed)
+        return self._by_seed[seed]
+
+    def _make(self, seed: int) -> tuple[list[str], Tensor | None]:
+        config = self.config
+        if self.own_captions:
+            return full_captions(config.count, self.first_noise(seed) - 1)
+        # Drawn by --seed alone: the same prompts for every seed of a table.
+        return read_prompts(config.prompts, config.count, config.seed), None
+
+
+def full_captions(count: int, seed: int) -> tuple[list[str], Tensor]:
+    """Fresh captions of postcards that name all six attributes, and the attributes (count, 6)."""
+    generator = torch.Generator().manual_seed(seed)
+    rng = random.Random(seed)
+    attributes = postcards.sample_attributes(count, generator)
+    return [postcards.caption(a, rng, left_out=False) for a in attributes], attributes
+
+
+def generate(base: Base, row: Row, prompts: list[str], g: float, seeds: Iterable[int],
+             side: int) -> Tensor:
+    """Images (B, 3, side, side) uint8, on the CPU: one a prompt, from noise of its own seed."""
+    c = base.embed(prompts)                                                        # (B, L, D)
+    empty = base.embed([""]).expand_as(c) if row.kind == "cfg" else None
+    shape = (base.unet.config.in_channels, side // 8, side // 8)
+    z = ppdd.noise(seeds, shape).to(c.device)                                      # (B, Z, H, W)
+    z = fast.sample(base.unet, z, c, g, row.steps, row.guide, empty, row.sampler)
+    return base.decode(z).cpu()
