@@ -1,11 +1,61 @@
-"""What the tests share: random weights that no zero hides, and the measure of agreement."""
+"""What the tests share: random weights that no zero hides, and the measure of agreement.
+
+`python -m pytest -q` leaves out the tests marked `full`: networks of full size, long kill loops,
+whole tables. `--full` runs them too.
+"""
 
 import json
+import os
 from pathlib import Path
 
+import pytest
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
+
+from clip_text import TextConfig, TextEncoder
+from support.checkpoint import save_checkpoint
+from unet import UNet, UNetConfig
+from vae import VAE, VAEConfig
+
+if "PYTEST_XDIST_WORKER" in os.environ:     # several workers share the cores
+    torch.set_num_threads(1)
+    os.environ["OMP_NUM_THREADS"] = "1"     # of the processes that tests start
+
+# Sizes of a toy base: every kind of layer, and quick.
+TOY_UNET = UNetConfig(model_channels=32, channel_mult=(1, 2), num_res_blocks=1,
+                      attention=(True, True), num_heads=4, context_dim=32, norm_groups=8)
+TOY_VAE = VAEConfig(ch=16, ch_mult=(1, 2, 2, 2), num_res_blocks=1, norm_groups=8)
+TOY_TEXT = TextConfig(width=32, layers=2, heads=4)
+
+
+def pytest_addoption(parser):
+    parser.addoption("--full", action="store_true",
+                     help="also run what needs full-size networks, long kill loops, whole tables")
+
+
+def pytest_collection_modifyitems(config, items):
+    if not config.getoption("--full"):
+        for item in items:
+            if item.get_closest_marker("full"):     # not a keyword: parameters are called full too
+                item.add_marker(pytest.mark.skip(reason="long: run with --full"))
+
+
+@pytest.fixture(scope="session")
+def toy_base(tmp_path_factory) -> Path:
+    """A random base in the official single-file layout, called toy."""
+    networks = (randomised(lambda: UNet(TOY_UNET)), randomised(lambda: VAE(TOY_VAE)),
+                randomised(lambda: TextEncoder(TOY_TEXT)))
+    path = tmp_path_factory.mktemp("base") / "toy.safetensors"
+    save_checkpoint(path, *networks)
+    return path
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch) -> Path:
+    """An empty folder to work in."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
 
 
 def randomised(build, seed: int = 0) -> nn.Module:

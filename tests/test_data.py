@@ -1,213 +1,150 @@
-"""What `train.py --data` reads: every form it names, and pictures as people have them."""
+"""Training data: images as people have them, what stands in for bad ones, and the cache."""
 
-# ruff: noqa: F401, F811 (fixtures are imported, and named again as arguments)
-
-import csv
 import io
-import json
+import multiprocessing
 import os
-import sqlite3
-import tarfile
+import signal
 import tracemalloc
-import warnings
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from image_files import encoded, fill_folder, halves, write_shard
 from PIL import Image, ImageOps
 from safetensors.torch import load_file
-from test_train import base, here
 
-import ppdd
 import train
+from mini.dataset import Postcards
+from support import captions, data
+from support.base import load_base
+from support.cli import BadInput
+from support.data import CachedImages, CaptionedImages, square
 
 
 @pytest.fixture(scope="module")
-def loaded(base):
-    return ppdd.load_base(base)
+def base(toy_base):
+    return load_base(toy_base)
 
 
-def half(size=(64, 64), upper=(255, 0, 0), lower=(0, 0, 255)):
-    """A picture whose upper half has another colour than its lower."""
-    image = Image.new("RGB", size, lower)
-    image.paste(upper, (0, 0, size[0], size[1] // 2))
-    return image
+@pytest.fixture(params=[0, 2], ids=["no workers", "2 workers"])
+def workers(request, monkeypatch):
+    """Images loaded in this process, and by others as with a GPU."""
+    monkeypatch.setattr(data, "worker_count", lambda device: request.param)
 
 
-def encoded(image, kind="PNG", **more):
-    file = io.BytesIO()
-    image.save(file, kind, **more)
-    return file.getvalue()
+def images_of(base, *given):
+    return CaptionedImages(base, [str(g) for g in given], 64)
 
 
-def shard(file, entries):
-    """A tar as img2dataset writes it: key.jpg, key.json, key.txt."""
-    with tarfile.open(file, "w") as tar:
-        for name, content in entries:
-            member = tarfile.TarInfo(name)
-            member.size = len(content)
-            tar.addfile(member, io.BytesIO(content))
-    return file
+def rows_used(images, rows):
+    """The rows used for these, one list of them."""
+    [(used, _)] = images.batches([rows])
+    return used
 
 
-def fill(folder, captions, suffix=".txt"):
-    folder.mkdir(parents=True, exist_ok=True)
-    for i, caption in enumerate(captions):
-        half().save(folder / f"{i:03d}.png")
-        (folder / f"{i:03d}{suffix}").write_text(caption, encoding="utf-8")
+# ------------------------------------------------------------------------------- the data set
+
+def test_rows_with_images_come_first_and_prompts_last(base, tmp_path):
+    (tmp_path / "prompts.txt").write_text("p one\n\np two\n")
+    fill_folder(tmp_path / "images", ["a", "b"])
+    images = images_of(base, tmp_path / "prompts.txt", tmp_path / "images")
+    assert images.captions(range(4)) == ["a", "b", "p one", "p two"]
+    assert len(images) == 4 and images.image_count == 2 and images.side == 8
+    assert images.example_prompts(3) == ["a", "b", "p one"]
+    assert images.example_prompts(9) == ["a", "b", "p one", "p two"]
+    assert images.prompt_states([0, 3]).shape == (2, 77, 32)
 
 
-def captions(loaded, *given):
-    data = train.Pictures(loaded, [str(g) for g in given], 64)
-    return data.captions(list(range(len(data)))), data
-
-
-# ------------------------------------------------------------------------------- forms
-
-def test_a_folder_gives_pictures_with_txt_or_caption_beside_them(loaded, tmp_path):
-    fill(tmp_path / "a", ["one", "zwei ü\n"])
-    fill(tmp_path / "b" / "deeper", ["three"], ".caption")
-    half().save(tmp_path / "a" / "no-caption.png")
-    texts, data = captions(loaded, tmp_path)
-    assert texts == ["one", "zwei ü", "three"] and data.pictured == 3
-
-
-def test_linked_folders_are_read_and_circles_end(loaded, tmp_path):
-    fill(tmp_path / "elsewhere", ["one"])
-    fill(tmp_path / "set", ["two"])
-    (tmp_path / "set" / "linked").symlink_to(tmp_path / "elsewhere")
-    (tmp_path / "elsewhere" / "back").symlink_to(tmp_path / "set")
-    assert captions(loaded, tmp_path / "set")[0] == ["two", "one"]
-
-
-def test_a_table_by_any_name_is_no_list_of_prompts(loaded, tmp_path):
-    fill(tmp_path, ["not this"])
-    (tmp_path / "mine.jsonl").write_text('{"file_name": "000.png", "text": "this"}\n')
-    texts, data = captions(loaded, tmp_path / "mine.jsonl")
-    assert texts == ["this"] and data.pictured == 1
-    for name in ("mine.csv", "mine.tsv"):
-        (tmp_path / name).write_text("id\tprompt\n1\ta tree\n")
-        with pytest.raises(train.BadInput, match=name):
-            captions(loaded, tmp_path / name)
-
-
-@pytest.mark.parametrize("kind, given", [
-    ("jsonl", "set"), ("jsonl", "set/metadata.jsonl"), ("csv", "set"), ("csv", "set/metadata.csv")])
-def test_metadata_lists_pictures_and_captions(loaded, tmp_path, kind, given):
-    fill(tmp_path / "set" / "images", ["not this", "nor this"])
-    rows = [{"file_name": f"images/{i:03d}.png", "text": f"a, {i}\nb"} for i in (1, 0)]
-    with (tmp_path / "set" / f"metadata.{kind}").open("w", newline="", encoding="utf-8-sig") as f:
-        if kind == "csv":
-            table = csv.DictWriter(f, ["file_name", "text"])
-            table.writeheader()
-            table.writerows(rows)
-        else:
-            f.write("\n".join(map(json.dumps, rows)) + "\n\n")
-    texts, data = captions(loaded, tmp_path / given)
-    assert texts == ["a, 1\nb", "a, 0\nb"] and data.load([0, 1])[0] == [0, 1]
-
-
-@pytest.mark.parametrize("given", [
-    "00000.tar 00001.tar", ".", "{00000..00001}.tar", "*.tar", "{00000..00002}.tar"])
-def test_shards_are_indexed_and_their_pictures_read_where_they_lie(loaded, tmp_path, given):
+def test_images_of_shards_are_read_where_they_lie(base, tmp_path, workers):
     for number in range(2):
         entries = []
         for i in range(3):
-            key = f"{number:05d}{i:04d}"
             colour = encoded(Image.new("RGB", (64, 64), (80 * i, 100 * number, 7)))
-            entries += [(f"{key}.png", colour), (f"{key}.json", b"{}"),
-                        (f"{key}.txt", f"{number} {i}".encode())]
-        shard(tmp_path / f"{number:05d}.tar", [*entries, ("alone.txt", b"no picture")])
-    texts, data = captions(loaded, *(tmp_path / g for g in given.split()))
-    assert texts == [f"{n} {i}" for n in range(2) for i in range(3)]
-    rows, pictures = data.load([5, 1])
-    assert rows == [5, 1] and [p[:, 9, 9].tolist() for p in pictures] == [[160, 100, 7], [80, 0, 7]]
-    assert len(data.skipped) == (given == "{00000..00002}.tar")
+            entries += [(f"{i}.png", colour), (f"{i}.txt", f"{number} {i}".encode())]
+        write_shard(tmp_path / f"{number:05d}.tar", entries)
+    images = images_of(base, tmp_path)
+    (rows, pixels), (none, empty), (last, _) = images.batches(iter([[5, 1], [], [0]]))
+    assert (rows, none, last) == ([5, 1], [], [0]) and not empty.numel()
+    assert [p[:, 9, 9].tolist() for p in pixels] == [[160, 100, 7], [80, 0, 7]]
 
 
-def test_a_shards_folders_and_links_are_no_halves(loaded, tmp_path):
-    file = shard(tmp_path / "s.tar", [("k.png", encoded(half())), ("k.txt", b"x")])
-    with tarfile.open(file, "a") as tar:
-        for kind, name in ((tarfile.DIRTYPE, "a.txt"), (tarfile.SYMTYPE, "b.txt"),
-                           (tarfile.DIRTYPE, "c.png")):
-            member = tarfile.TarInfo(name)
-            member.type, member.linkname = kind, "nowhere"
-            tar.addfile(member)
-    texts, data = captions(loaded, file)
-    assert texts == ["x"] and not data.skipped
-
-
-def test_a_damaged_shard_gives_what_is_whole_and_is_named(loaded, tmp_path):
-    picture = encoded(half())
-    entries = [(f"{i}.{s}", c) for i in range(3) for s, c in (("txt", b"x"), ("png", picture))]
-    file = shard(tmp_path / "cut.tar", entries)
-    file.write_bytes(file.read_bytes()[:512 * 3 + 100])                # in the first picture's data
-    shard(tmp_path / "good.tar", entries)
+def test_a_damaged_shard_gives_what_is_whole_and_is_named(base, tmp_path):
+    image = encoded(halves())
+    entries = [(f"{i}.{s}", c) for i in range(3) for s, c in (("txt", b"x"), ("png", image))]
+    file = write_shard(tmp_path / "cut.tar", entries)
+    file.write_bytes(file.read_bytes()[:512 * 3 + 100])                # in the first image's data
+    write_shard(tmp_path / "good.tar", entries)
     (tmp_path / "zipped.tar").write_bytes(b"\x1f\x8b" + bytes(600))
-    texts, data = captions(loaded, tmp_path)
-    assert len(texts) == 4 and len(data.skipped) == 3 and "cut.tar" in data.told()
-    assert data.load([0, 1, 2, 3])[0][1:] == [1, 2, 3] and len(data.skipped) == 3
-    with pytest.raises(train.BadInput, match="zipped.tar"):
-        captions(loaded, tmp_path / "zipped.tar")
-
-
-@pytest.mark.parametrize("layout", ["given", "beside", "coco"])
-def test_coco_captions_with_their_pictures(loaded, tmp_path, layout):
-    places = {"given": "elsewhere", "beside": "annotations/val2014", "coco": "val2014"}
-    fill(tmp_path / places[layout], ["", ""])
-    file = tmp_path / "annotations" / "captions_val2014.json"
-    file.parent.mkdir(exist_ok=True)
-    file.write_text(json.dumps({
-        "images": [{"id": 7, "file_name": "000.png"}, {"id": 9, "file_name": "001.png"}],
-        "annotations": [{"image_id": 9, "id": 1, "caption": "a"},
-                        {"image_id": 7, "id": 2, "caption": "b"},
-                        {"image_id": 9, "id": 3, "caption": "c "}]}))
-    given = f"{file}:{tmp_path / 'elsewhere'}" if layout == "given" else file
-    texts, data = captions(loaded, given)
-    assert texts == ["a", "b", "c"] and data.load([0, 1, 2])[0] == [0, 1, 2]
-
-
-def test_forms_are_mixed_and_prompts_go_last(loaded, tmp_path):
-    (tmp_path / "prompts.txt").write_bytes("\ufeffp one\r\n\r\np two \udc80\n".encode(
-        "utf-8", "surrogatepass"))
-    fill(tmp_path / "pictures", ["a"])
-    shard(tmp_path / "s.tar", [("k.png", encoded(half())), ("k.txt", b"\xff bad byte")])
-    texts, data = captions(loaded, tmp_path / "prompts.txt", tmp_path / "pictures",
-                           tmp_path / "s.tar")
-    assert texts[:3] == ["a", "\ufffd bad byte", "p one"] and len(texts) == 4
-    assert data.pictured == 2
-    assert data.prompts([0, 3]).shape == (2, 77, 32)
+    images = images_of(base, tmp_path)
+    assert len(images) == 4 and len(images.skipped) == 3
+    assert "cut.tar" in images.skipped_summary()
+    assert rows_used(images, [0, 1, 2, 3])[1:] == [1, 2, 3] and len(images.skipped) == 3
+    with pytest.raises(BadInput, match="zipped.tar"):
+        images_of(base, tmp_path / "zipped.tar")
 
 
 @pytest.mark.parametrize("name, content, word", [
-    ("prompts.txt", b"\n \n", "no prompt"), ("noise.bin", bytes(99), "not text"),
-    ("captions.json", b"{}", "COCO"), ("captions.json", b"not json", "COCO"),
-    ("captions.json", b'{"images": [], "annotations": []}', "FOLDER"),
-    ("captions.json", b'{"images": [{"id": 1, "file_name": "x"}], "annotations": '
-                      b'[{"image_id": 1, "caption": null}]}', "COCO"),
-    ("metadata.jsonl", b'{"text": "x"}', "file_name"), ("metadata.jsonl", b"[1]", "file_name"),
+    ("prompts.txt", b"\n \n", "no prompt"), ("empty.tar", b"", "no image"),
+    ("no-{0..3}.tar", None, "no image"),
     ("metadata.jsonl", b'{"file_name": "a\\u0000.png", "text": "x"}', "no file can be called"),
-    ("metadata.jsonl", b'{"file_name": "a\\ud800.png", "text": "x"}', "no file can be called"),
-    ("metadata.csv", b"file_name,text\nx.png\n", "file_name"), ("empty.tar", b"", "no picture"),
-    ("deep/x.md", b"", "does not exist"), ("no-{0..3}.tar", None, "no picture")])
-def test_a_set_that_gives_nothing_is_said_in_one_sentence(loaded, tmp_path, name, content, word):
-    if content is not None and "/" not in name:
+    ("metadata.jsonl", b'{"file_name": "a\\ud800.png", "text": "x"}', "no file can be called")])
+def test_data_that_gives_nothing_is_said_in_one_sentence(base, tmp_path, name, content, word):
+    if content is not None:
         (tmp_path / name).write_bytes(content)
-    with pytest.raises(train.BadInput, match=word):
-        captions(loaded, tmp_path / name)
+    with pytest.raises(BadInput, match=word):
+        images_of(base, tmp_path / name)
 
 
-# ------------------------------------------------------------------------------- pictures
+def test_an_image_that_was_replaced_makes_another_data_set(base, tmp_path):
+    fill_folder(tmp_path, ["a"])
+    before = images_of(base, tmp_path).identity
+    assert images_of(base, tmp_path).identity == before
+    halves((32, 32)).save(tmp_path / "000.png")
+    assert images_of(base, tmp_path).identity != before
+
+
+def test_memory_does_not_grow_with_the_data(base, tmp_path):
+    image, peaks = encoded(Image.new("RGB", (8, 8))), []
+    for count in (200, 2000):
+        entries = [(f"{i:09d}.{s}", c) for i in range(count)
+                   for s, c in (("png", image), ("txt", b"a caption of some length" * 9))]
+        write_shard(tmp_path / "shard.tar", entries)
+        del entries
+        tracemalloc.start()
+        images = images_of(base, tmp_path / "shard.tar")
+        assert len(images) == count and images.captions([count - 1])[0].startswith("a caption")
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert peaks[1] < 1.5 * peaks[0] + 100_000
+
+
+def test_the_index_is_on_disk_in_files_that_vanish_with_the_process(base, tmp_path):
+    (tmp_path / "prompts.txt").write_text("".join(f"{i} {'a' * 500}\n" for i in range(10_000)))
+    images = images_of(base, tmp_path / "prompts.txt")
+    open_files = [os.fstat(int(fd.name)) for fd in Path("/proc/self/fd").iterdir() if fd.exists()
+                  or fd.is_symlink()]
+    assert len(images) == 10_000
+    assert any(stat.st_nlink == 0 and stat.st_size > 5_000_000 for stat in open_files)
+
+
+def test_a_full_temporary_disk_is_one_sentence(base, tmp_path, monkeypatch):
+    fill_folder(tmp_path, ["a"])
+    monkeypatch.setattr(captions.tempfile, "TemporaryFile", lambda: open("/dev/full", "r+b"))
+    with pytest.raises(BadInput, match="No space left.*TMPDIR"):
+        images_of(base, tmp_path)
+
+
+# ------------------------------------------------------------------------------- images
 
 def turned():
     exif = Image.Exif()
     exif[0x0112] = 6                                            # to be turned by 90° clockwise
-    return encoded(half().transpose(Image.Transpose.ROTATE_90), "PNG", exif=exif)
+    return encoded(halves().transpose(Image.Transpose.ROTATE_90), "PNG", exif=exif)
 
 
 def see_through():
-    image = half().convert("RGBA")
+    image = halves().convert("RGBA")
     image.paste((0, 0, 0, 0), (0, 0, 64, 32))
     return image
 
@@ -218,207 +155,247 @@ def deep():
     return Image.fromarray(grey)
 
 
-PICTURES = {
-    "RGB": (encoded(half()), (255, 0, 0)), "turned": (turned(), (255, 0, 0)),
-    "palette": (encoded(half().quantize(4)), (255, 0, 0)),
+IMAGES = {
+    "RGB": (encoded(halves()), (255, 0, 0)), "turned": (turned(), (255, 0, 0)),
+    "palette": (encoded(halves().quantize(4)), (255, 0, 0)),
     "alpha on white": (encoded(see_through()), (255, 255, 255)),
     "palette with alpha": (encoded(see_through().quantize(4)), (255, 255, 255)),
-    "transparent colour": (encoded(half(), transparency=(255, 0, 0)), (255, 255, 255)),
-    "CMYK": (encoded(half().convert("CMYK"), "TIFF"), (255, 0, 0)),
-    "CMYK jpeg": (encoded(half().convert("CMYK"), "JPEG", quality=100, subsampling=0), (255, 0, 0)),
-    "grey": (encoded(half().convert("L")), (76, 76, 76)),
+    "transparent colour": (encoded(halves(), transparency=(255, 0, 0)), (255, 255, 255)),
+    "CMYK": (encoded(halves().convert("CMYK"), "TIFF"), (255, 0, 0)),
+    "CMYK jpeg": (encoded(halves().convert("CMYK"), "JPEG", quality=100, subsampling=0),
+                  (255, 0, 0)),
+    "grey": (encoded(halves().convert("L")), (76, 76, 76)),
     "grey with alpha": (encoded(see_through().convert("LA")), (255, 255, 255)),
     "16 bits": (encoded(deep()), (255, 255, 255)),
-    "1 bit": (encoded(half(upper="white", lower="black").convert("1")), (255, 255, 255)),
-    "wide": (encoded(half((640, 64))), (255, 0, 0)), "tall": (encoded(half((8, 640))), (255, 0, 0)),
+    "1 bit": (encoded(halves(upper="white", lower="black").convert("1")), (255, 255, 255)),
+    "wide": (encoded(halves((640, 64))), (255, 0, 0)),
+    "tall": (encoded(halves((8, 640))), (255, 0, 0)),
     "one pixel": (encoded(Image.new("RGB", (1, 1), (255, 0, 0))), (255, 0, 0)),
-    "large": (encoded(half((3000, 2000)), "JPEG", quality=95), (254, 0, 0)),
-    "webp": (encoded(half(), "WEBP", lossless=True), (255, 0, 0)),
-    "gif": (encoded(half(), "GIF"), (255, 0, 0)), "bmp": (encoded(half(), "BMP"), (255, 0, 0)),
+    "large": (encoded(halves((3000, 2000)), "JPEG", quality=95), (254, 0, 0)),
+    "webp": (encoded(halves(), "WEBP", lossless=True), (255, 0, 0)),
+    "gif": (encoded(halves(), "GIF"), (255, 0, 0)), "bmp": (encoded(halves(), "BMP"), (255, 0, 0)),
 }
 
 
-@pytest.mark.parametrize("name", PICTURES)
-def test_a_picture_is_seen_as_its_owner_sees_it(name):
-    content, upper = PICTURES[name]
-    picture = train.square(io.BytesIO(content), 64)
-    assert picture.shape == (3, 64, 64) and picture.dtype == torch.uint8
-    assert np.abs(picture[:, 10, 32].int().numpy() - upper).max() <= 3
+@pytest.mark.parametrize("name", IMAGES)
+def test_an_image_is_seen_as_its_owner_sees_it(name):
+    content, upper = IMAGES[name]
+    pixels = square(io.BytesIO(content), 64)
+    assert pixels.shape == (3, 64, 64) and pixels.dtype == torch.uint8
+    assert np.abs(pixels[:, 10, 32].int().numpy() - upper).max() <= 3
     if name not in ("one pixel", "1 bit", "16 bits", "grey"):
-        assert np.abs(picture[:, 54, 32].int().numpy() - (0, 0, 255)).max() <= 3 or "grey" in name
+        assert np.abs(pixels[:, 54, 32].int().numpy() - (0, 0, 255)).max() <= 3 or "grey" in name
     if name == "16 bits":
-        assert picture[0, 54, 32] == 63
+        assert pixels[0, 54, 32] == 63
 
 
 def test_the_middle_is_cut_out():
     image = Image.linear_gradient("L").resize((256, 128))
     wanted = ImageOps.fit(image.convert("RGB"), (64, 64), Image.Resampling.LANCZOS)
-    picture = train.square(io.BytesIO(encoded(image)), 64)
-    assert torch.equal(picture, torch.from_numpy(np.array(wanted)).permute(2, 0, 1))
+    pixels = square(io.BytesIO(encoded(image)), 64)
+    assert torch.equal(pixels, torch.from_numpy(np.array(wanted)).permute(2, 0, 1))
     wide = Image.new("RGB", (300, 100))
     wide.paste((255, 255, 255), (100, 0, 200, 100))
-    assert train.square(io.BytesIO(encoded(wide)), 64).min() > 200
+    assert square(io.BytesIO(encoded(wide)), 64).min() > 200
 
 
-def bad_pictures():
+def test_encodings_are_in_float32_under_autocast_too(base, tmp_path):
+    fill_folder(tmp_path, [f"caption {i}" for i in range(10)])
+    images = images_of(base, tmp_path)
+    [(rows, pixels)] = images.batches([list(range(10))])
+    plain = images.moments(pixels), images.prompt_states(rows)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(images.moments(pixels), plain[0])
+        assert torch.equal(images.prompt_states(rows), plain[1])
+    torch.testing.assert_close(plain[0][8:], images.moments(pixels[8:]))
+
+
+# ------------------------------------------------------------------------------- bad images
+
+def bad_images():
     whole = encoded(Image.effect_noise((64, 64), 90), "PNG")
     jpeg = encoded(Image.effect_noise((64, 64), 90), "JPEG")
     bomb = bytearray(encoded(Image.new("1", (8, 8))))
-    bomb[16:24] = (60000).to_bytes(4, "big") * 2                       # says 3.6 gigapixels
+    bomb[16:24] = (60_000).to_bytes(4, "big") * 2                      # says 3.6 gigapixels
     return {"cut.png": whole[:len(whole) // 2], "cut.jpg": jpeg[:len(jpeg) // 2],
             "bomb.png": bytes(bomb), "empty.jpg": b"", "page.jpg": b"<html>not found</html>",
             "real.tif": encoded(Image.new("F", (8, 8)), "TIFF")}
 
 
-def test_bad_pictures_are_skipped_counted_and_named_and_others_stand_in(loaded, tmp_path):
-    fill(tmp_path, ["good"] * 3)
-    for name, content in bad_pictures().items():
-        (tmp_path / name).write_bytes(content)
-        (tmp_path / name).with_suffix(".txt").write_text("bad")
+def write_bad_images(folder):
+    folder.mkdir(exist_ok=True)
+    for name, content in bad_images().items():
+        (folder / name).write_bytes(content)
+        (folder / name).with_suffix(".txt").write_text("bad")
+
+
+def test_bad_images_are_skipped_counted_and_named_and_others_stand_in(base, tmp_path, workers):
+    write_bad_images(tmp_path)
+    fill_folder(tmp_path, ["good"] * 3)
     (tmp_path / "folder.png").mkdir()
     (tmp_path / "folder.txt").write_text("bad")
+    count = len(images_of(base, tmp_path))
     runs = []
-    for order in (range(8), reversed(range(8))):
-        texts, data = captions(loaded, tmp_path)
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            rows = {row: data.load([row])[0][0] for row in order}
-        assert all(texts[row] == "good" for row in rows.values())
-        assert sorted(data.skipped) == [i for i, t in enumerate(texts) if t == "bad"]
-        assert "(6 skipped" in data.told() and data.told().count(";") == 2
-        runs.append(sorted(rows.items()))
+    for order in (list(range(count)), list(range(count))[::-1]):
+        images = images_of(base, tmp_path)
+        texts = images.captions(range(count))
+        used = [rows[0] for rows, _ in images.batches([row] for row in order)]
+        assert all(texts[row] == "good" for row in used)
+        bad = [row for row, text in enumerate(texts) if text == "bad"]
+        assert sorted(images.skipped) == bad and len(bad) == 6
+        summary = images.skipped_summary()
+        assert "(6 skipped" in summary and summary.count(";") == 2 and "0x" not in summary
+        runs.append(sorted(zip(order, used)))
     assert runs[0] == runs[1]                  # whatever was read before, the same ones stand in
 
 
+def test_an_image_of_which_pillow_only_warns_is_skipped_too(base, tmp_path, monkeypatch):
+    fill_folder(tmp_path, ["a", "b"])
+    halves((200, 200)).save(tmp_path / "000.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 30_000)
+    images = images_of(base, tmp_path)
+    assert rows_used(images, [0, 1]) == [1, 1] and "pixels" in images.skipped_summary()
+
+
 @pytest.mark.parametrize("cache", [[], ["--cache", "cache"]])
-def test_a_set_from_which_all_is_skipped_stops_at_once(base, here, capsys, cache):
-    (here / "set").mkdir()
-    for name, content in bad_pictures().items():
-        (here / "set" / name).write_bytes(content)
-        (here / "set" / name).with_suffix(".txt").write_text("bad")
+def test_data_from_which_all_is_skipped_stops_at_once(toy_base, here, capsys, cache):
+    write_bad_images(here / "set")
     with pytest.raises(SystemExit) as stopped:
-        train.main(["--weights", str(base), "--data", "set", "--device", "cpu", *cache])
-    said = capsys.readouterr().err
-    assert stopped.value.code == 2 and "no picture could be used (6 skipped: set/" in said
+        train.main(["--weights", str(toy_base), "--data", "set", "--device", "cpu", *cache])
+    message = capsys.readouterr().err
+    assert stopped.value.code == 2 and "no image could be used (6 skipped: set/" in message
     assert not (here / "guides").exists() and not (here / "cache").exists()
-
-
-def test_memory_does_not_grow_with_the_set(loaded, tmp_path):
-    picture, peaks = encoded(Image.new("RGB", (8, 8))), []
-    for count in (500, 5000):
-        entries = [(f"{i:09d}.{s}", c) for i in range(count)
-                   for s, c in (("png", picture), ("txt", b"a caption of some length" * 9))]
-        shard(tmp_path / "shard.tar", entries)
-        del entries
-        tracemalloc.start()
-        data = train.Pictures(loaded, [str(tmp_path / "shard.tar")], 64)
-        assert len(data) == count and data.captions([count - 1])[0].startswith("a caption")
-        peaks.append(tracemalloc.get_traced_memory()[1])
-        tracemalloc.stop()
-    assert peaks[1] < 1.5 * peaks[0] + 100_000
-
-
-def test_the_index_of_a_large_set_lies_on_disk(loaded, tmp_path):
-    (tmp_path / "prompts.txt").write_text("".join(f"{i} {'a' * 500}\n" for i in range(10_000)))
-    data = train.Pictures(loaded, [str(tmp_path / "prompts.txt")], 64)
-    files = [os.path.realpath(file) for file in Path("/proc/self/fd").iterdir()]
-    assert len(data) == 10_000 and any("etilqs_" in file for file in files)    # SQLite's own name
-
-
-def test_a_full_temporary_disk_is_one_sentence(base, here, capsys, monkeypatch):
-    def full(self, given):
-        raise sqlite3.OperationalError("database or disk is full")
-
-    fill(here / "set", ["a"])
-    monkeypatch.setattr(train.Pictures, "examples_of", full)
-    with pytest.raises(SystemExit) as stopped:
-        train.main(["--weights", str(base), "--data", "set", "--device", "cpu"])
-    assert stopped.value.code == 2 and "SQLITE_TMPDIR" in capsys.readouterr().err
-
-
-def test_a_picture_that_was_replaced_makes_another_set(loaded, tmp_path):
-    fill(tmp_path, ["a"])
-    before = captions(loaded, tmp_path)[1].identity
-    assert captions(loaded, tmp_path)[1].identity == before
-    half((32, 32)).save(tmp_path / "000.png")
-    assert captions(loaded, tmp_path)[1].identity != before
-
-
-def test_encodings_are_in_float32_under_autocast_too(loaded, tmp_path):
-    fill(tmp_path, [f"caption {i}" for i in range(10)])
-    _, data = captions(loaded, tmp_path)
-    rows, pictures = data.load(list(range(10)))
-    plain = data.moments(pictures), data.prompts(rows)
-    with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(data.moments(pictures), plain[0])
-        assert torch.equal(data.prompts(rows), plain[1])
-    torch.testing.assert_close(plain[0][8:], data.moments(pictures[8:]))
-
-
-# ------------------------------------------------------------------------------- cache
-
-def test_a_cache_gives_the_moments_and_states_of_the_pictures(loaded, tmp_path, monkeypatch):
-    monkeypatch.setattr(train.Cached, "SHARD", 3)
-    fill(tmp_path / "set", [f"caption {i}" for i in range(7)])
-    (tmp_path / "set" / "004.png").write_bytes(b"no picture")
-    (tmp_path / "prompts.txt").write_text("a prompt\n")
-    given = [str(tmp_path / "set"), str(tmp_path / "prompts.txt")]
-    plain = train.Pictures(loaded, given, 64)
-    cached = train.Cached(loaded, given, 64, str(tmp_path / "cache"))
-    rows, pictures = plain.load([6, 4, 0])
-    same, moments = cached.load([6, 4, 0])
-    assert same == rows and rows[1] != 4
-    torch.testing.assert_close(cached.moments(moments), plain.moments(pictures), rtol=2e-3,
-                               atol=2e-3)
-    torch.testing.assert_close(cached.prompts([*rows, 7]), plain.prompts([*rows, 7]), rtol=2e-3,
-                               atol=2e-3)
-    assert len(list(cached.folder.iterdir())) == 3
-    again = train.Cached(loaded, given, 64, str(tmp_path / "cache"))
-    assert "004.png (not usable when cached)" in again.told()
-
-
-def test_a_cache_is_gone_on_with_and_made_anew_for_what_changes_it(loaded, tmp_path, monkeypatch):
-    monkeypatch.setattr(train.Cached, "SHARD", 2)
-    fill(tmp_path / "set", ["a", "b", "c", "d", "e"])
-    given, made = ([str(tmp_path / "set")], str(tmp_path / "cache")), []
-    make = train.Cached.make
-
-    def counted(self, number):
-        if len(made) == 1 and not (tmp_path / "again").exists():
-            raise KeyboardInterrupt
-        made.append(number)
-        make(self, number)
-
-    monkeypatch.setattr(train.Cached, "make", counted)
-    with pytest.raises(KeyboardInterrupt):
-        train.Cached(loaded, given[0], 64, given[1])
-    (tmp_path / "again").touch()
-    first = train.Cached(loaded, given[0], 64, given[1])
-    assert made == [0, 1, 2]
-    file = first.folder / "000001.safetensors"
-    whole = load_file(file)
-    file.write_bytes(file.read_bytes()[:-3])
-    train.Cached(loaded, given[0], 64, given[1])
-    assert made == [0, 1, 2, 1] and torch.equal(load_file(file)["moments"], whole["moments"])
-    assert train.Cached(loaded, given[0], 128, given[1]).folder != first.folder
-    monkeypatch.setattr(train.Cached, "SHARD", 3)
-    assert train.Cached(loaded, given[0], 64, given[1]).folder != first.folder
-    (tmp_path / "set" / "003.txt").write_text("another")
-    assert train.Cached(loaded, given[0], 64, given[1]).folder != first.folder
-    with torch.no_grad():
-        next(loaded.vae.parameters())[0] += 1
-        other = train.Cached(loaded, given[0], 64, given[1]).folder
-        next(loaded.vae.parameters())[0] -= 1
-    assert len(list((tmp_path / "cache").iterdir())) == 5 and other != first.folder
 
 
 @pytest.mark.parametrize("given, word", [(["prompts.txt"], "prompts only"),
                                          (["prompts.txt", "set"], "--trajectories")])
 def test_prompts_alone_are_not_cached_nor_silently_left_unused(
-        base, here, capsys, given, word):
-    fill(here / "set", ["a"])
+        toy_base, here, capsys, given, word):
+    fill_folder(here / "set", ["a"])
     (here / "prompts.txt").write_text("a prompt\n")
     flags = [w for g in given for w in ("--data", g)] + ["--cache", "cache"] * (len(given) == 1)
     with pytest.raises(SystemExit) as stopped:
-        train.main(["--weights", str(base), "--device", "cpu", *flags])
+        train.main(["--weights", str(toy_base), "--device", "cpu", *flags])
     assert stopped.value.code == 2 and word in capsys.readouterr().err
+
+
+# ------------------------------------------------------------------------------- worker processes
+
+@pytest.fixture
+def two_workers(monkeypatch):
+    monkeypatch.setattr(data, "worker_count", lambda device: 2)
+
+
+def test_workers_change_no_image_and_use_up_no_random_number(base, tmp_path, monkeypatch):
+    fill_folder(tmp_path, [f"caption {i}" for i in range(9)])
+    (tmp_path / "004.png").write_bytes(b"no image")
+    lists = [[0, 4, 8], [], [4, 5], *([row] for row in range(9))]
+    images = images_of(base, tmp_path)
+    torch.manual_seed(1)
+    wanted = torch.rand(3)
+    results = []
+    for count in (0, 2):
+        monkeypatch.setattr(data, "worker_count", lambda device, count=count: count)
+        torch.manual_seed(1)
+        results.append(list(images.batches(lists)))
+        assert torch.equal(torch.rand(3), wanted)
+    for (rows, pixels), (same, others) in zip(*results, strict=True):
+        assert rows == same and torch.equal(pixels, others)
+
+
+def test_workers_ignore_the_signals_that_stop_a_run(base, tmp_path, two_workers):
+    fill_folder(tmp_path, ["a"] * 4)
+    before = signal.signal(signal.SIGTERM, lambda *_: (tmp_path / "handled").touch())
+    try:
+        batches = images_of(base, tmp_path).batches([k % 4] for k in range(40))
+        assert [next(batches)[0] for _ in range(2)] == [[0], [1]]       # both are at work by now
+        children = multiprocessing.active_children()
+        for child in children:
+            for number in (signal.SIGINT, signal.SIGTERM):
+                os.kill(child.pid, number)
+        assert len(children) == 2 and len(list(batches)) == 38
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert not (tmp_path / "handled").exists() and not multiprocessing.active_children()
+
+
+def test_an_error_in_a_worker_is_still_one_sentence(base, tmp_path, two_workers):
+    fill_folder(tmp_path, ["a"] * 2)
+    images = images_of(base, tmp_path)
+    for file in tmp_path.glob("*.png"):
+        file.unlink()
+    with pytest.raises(BadInput, match=r"^--data: no image could be used \(2 skipped: .*\)$"):
+        list(images.batches([[0], [1]]))
+
+
+# ------------------------------------------------------------------------------- cache
+
+def test_a_cache_gives_the_moments_and_states_of_the_images(base, tmp_path, monkeypatch, workers):
+    monkeypatch.setattr(CachedImages, "SHARD", 3)
+    fill_folder(tmp_path / "set", [f"caption {i}" for i in range(7)])
+    (tmp_path / "set" / "004.png").write_bytes(b"no image")
+    (tmp_path / "prompts.txt").write_text("a prompt\n")
+    given = [str(tmp_path / "set"), str(tmp_path / "prompts.txt")]
+    plain = CaptionedImages(base, given, 64)
+    cached = CachedImages(base, given, 64, str(tmp_path / "cache"))
+    [(rows, pixels)] = plain.batches([[6, 4, 0]])
+    [(same, moments)] = cached.batches([[6, 4, 0]])
+    assert same == rows and rows[1] != 4
+    tolerance = {"rtol": 2e-3, "atol": 2e-3}
+    torch.testing.assert_close(cached.moments(moments), plain.moments(pixels), **tolerance)
+    torch.testing.assert_close(cached.prompt_states([*rows, 7]), plain.prompt_states([*rows, 7]),
+                               **tolerance)
+    assert len(list(cached.folder.iterdir())) == 3
+    again = CachedImages(base, given, 64, str(tmp_path / "cache"))
+    assert "004.png (not usable when cached)" in again.skipped_summary()
+
+
+def test_a_cache_is_continued_and_made_anew_for_what_changes_it(base, tmp_path, monkeypatch):
+    monkeypatch.setattr(CachedImages, "SHARD", 2)
+    fill_folder(tmp_path / "set", ["a", "b", "c", "d", "e"])
+    given, made = ([str(tmp_path / "set")], str(tmp_path / "cache")), []
+    encode_shard = CachedImages.encode_shard
+
+    def counted(self, number, loaded):
+        if len(made) == 1 and not (tmp_path / "again").exists():
+            raise KeyboardInterrupt
+        made.append(number)
+        encode_shard(self, number, loaded)
+
+    monkeypatch.setattr(CachedImages, "encode_shard", counted)
+    with pytest.raises(KeyboardInterrupt):
+        CachedImages(base, given[0], 64, given[1])
+    (tmp_path / "again").touch()
+    first = CachedImages(base, given[0], 64, given[1])
+    assert made == [0, 1, 2]
+    file = first.folder / "000001.safetensors"
+    whole = load_file(file)
+    file.write_bytes(file.read_bytes()[:-3])
+    CachedImages(base, given[0], 64, given[1])
+    assert made == [0, 1, 2, 1] and torch.equal(load_file(file)["moments"], whole["moments"])
+    assert CachedImages(base, given[0], 128, given[1]).folder != first.folder
+    monkeypatch.setattr(CachedImages, "SHARD", 3)
+    assert CachedImages(base, given[0], 64, given[1]).folder != first.folder
+    (tmp_path / "set" / "003.txt").write_text("another")
+    assert CachedImages(base, given[0], 64, given[1]).folder != first.folder
+    with torch.no_grad():
+        next(base.vae.parameters())[0] += 1
+        other = CachedImages(base, given[0], 64, given[1]).folder
+        next(base.vae.parameters())[0] -= 1
+    assert len(list((tmp_path / "cache").iterdir())) == 5 and other != first.folder
+
+
+# ------------------------------------------------------------------------------- postcards
+
+def test_postcards_are_drawn_by_seed_with_the_same_interface(base):
+    first, again, other = (Postcards(base, 6, seed) for seed in (1, 1, 2))
+    assert first.identity == again.identity == "postcards 6 1" and len(first) == 6
+    (rows, images), (none, empty) = first.batches([[5, 0], []])
+    assert rows == [5, 0] and none == [] and not empty.numel()
+    assert first.moments(images).shape == (2, 8, first.side, first.side)
+    assert torch.equal(first.moments(images), again.moments(images))
+    assert not torch.equal(first.moments(images), other.moments(images))
+    assert first.captions([5, 0]) == again.captions([5, 0]) != other.captions([5, 0])
+    assert first.prompt_states([5, 0]).shape == (2, 77, 32) and first.skipped_summary() == ""
+    assert len(first.example_prompts(4)) == 4 and first.image_count == 6
+    assert first.skipped == {}

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,14 +12,14 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.nn import functional as F
 
-import ppdd
 from mini import postcards
 from mini import train as maker
 from mini.judge import load_judge
+from support.base import MINI, load_base
 
-SHORT = maker.Config(pictures=64, captions=1, vae_updates=2, decoder_updates=2, clip_updates=2,
-                     clip_batch=16, judge_updates=2, judge_batch=8, unet_updates=2, unet_batch=4,
-                     style_updates=2, style_pictures=8, device="cpu")
+SHORT = maker.Config(images=64, captions=1, vae_updates=2, clip_updates=2, clip_batch=16,
+                     judge_updates=2, judge_batch=8, unet_updates=2, unet_batch=4,
+                     style_updates=2, style_images=8, device="cpu")
 
 
 def tensors_in(folder):
@@ -27,13 +28,14 @@ def tensors_in(folder):
             for k, tensor in load_file(path).items()}
 
 
+@pytest.mark.full
 def test_every_stage_from_nothing_and_none_twice(tmp_path, monkeypatch):
     config = replace(SHORT, out=str(tmp_path / "mini"), work=str(tmp_path / "work"))
     maker.run(config)
     made = tensors_in(tmp_path / "mini")
-    bundled = ppdd.load_base(ppdd.MINI)
+    bundled = load_base(MINI)
     names = ["mini", *(f"styles/{style}" for style in postcards.STYLES[1:])]
-    bases = [ppdd.load_base(tmp_path / "mini" / f"{name}.safetensors") for name in names]
+    bases = [load_base(tmp_path / "mini" / f"{name}.safetensors") for name in names]
     for base in bases:
         for part in ("unet", "vae", "text"):
             ours, theirs = getattr(base, part), getattr(bundled, part)
@@ -44,8 +46,7 @@ def test_every_stage_from_nothing_and_none_twice(tmp_path, monkeypatch):
             assert all(same) == (base is bases[0] or part != "unet")   # styles tune the UNet alone
     load_judge(tmp_path / "mini" / "judge.safetensors")
     logs = json.loads((tmp_path / "mini" / "training.json").read_text())
-    assert logs.keys() == {"settings", "vae", "decoder", "clip", "judge", "unet",
-                           *postcards.STYLES[1:]}
+    assert logs.keys() == {"settings", "vae", "clip", "judge", "unet", *postcards.STYLES[1:]}
     monkeypatch.setattr(torch.optim.AdamW, "step", lambda *_: pytest.fail("it trains again"))
     maker.run(config)
     again = tensors_in(tmp_path / "mini")
@@ -67,13 +68,13 @@ def test_a_stage_goes_on_bit_for_bit_with_what_it_was_made_from(tmp_path):
             x = torch.randn(8, 4, generator=generator)
             return F.mse_loss(net(x) + .1 * torch.randn(8, 4), x.flip(1))
 
-        config = replace(SHORT, work=str(work), save_every=0, bf16=False)
+        config = replace(SHORT, work=str(work), save_every=0, dtype="fp32")
         work.mkdir(exist_ok=True)
         if stop:
             with pytest.raises(KeyboardInterrupt):
-                maker.fit(config, "net", net, loss, 250, 1e-2, made_from)
+                maker.Stage(config, "net", net, loss, 250, 1e-2, made_from).train()
             return None
-        maker.fit(config, "net", net, loss, 250, 1e-2, made_from)
+        maker.Stage(config, "net", net, loss, 250, 1e-2, made_from).train()
         return net.state_dict(), len(calls)
 
     whole, updates = weights(tmp_path / "whole")
@@ -84,9 +85,36 @@ def test_a_stage_goes_on_bit_for_bit_with_what_it_was_made_from(tmp_path):
     assert weights(tmp_path / "cut", made_from=(nn.Linear(2, 2),))[1] == 250
 
 
-@pytest.mark.parametrize("line", ["--until vea", "--styles-only --out nowhere"])
-def test_bad_input_is_a_sentence(line, tmp_path):
-    told = subprocess.run([sys.executable, maker.__file__, "--work", str(tmp_path), *line.split()],
-                          capture_output=True, text=True)
-    assert told.returncode == 2 and line.split()[-1] in told.stderr
-    assert "Traceback" not in told.stderr
+def test_a_share_of_the_captions_is_of_other_images_and_a_tenth_is_empty():
+    captions = maker.Captions.__new__(maker.Captions)
+    captions.radix = torch.tensor([len(values) for values in postcards.ATTRIBUTES.values()])
+    captions.each = 2
+    total = 2 * int(captions.radix.prod())
+    captions.states = torch.arange(total).view(-1, 1, 1)               # a state says which it is
+    captions.empty = torch.full((1, 1, 1), -1)
+    generator = torch.Generator().manual_seed(0)
+    attributes = postcards.sample_attributes(4000, generator)
+    drawn = captions.draw(attributes, .3, generator).flatten().long()
+    right = drawn // 2 == captions.index(attributes)
+    assert abs((drawn < 0).float().mean() - .1) < .02
+    assert abs((right & (drawn >= 0)).float().mean() - .7 * .9) < .03
+    assert all(torch.equal(captions.attributes_of(int(k)), a)
+               for k, a in zip(captions.index(attributes[:50]), attributes))
+
+
+@pytest.mark.parametrize("line", ["--dtype fp8", "--styles-only --out nowhere", "--vae-batch 0"])
+def test_bad_input_is_a_sentence(line, tmp_path, capsys):
+    with pytest.raises(SystemExit) as exit:
+        maker.main(["--work", str(tmp_path), *line.split()])
+    message = capsys.readouterr().err
+    assert exit.value.code == 2 and line.split()[-1] in message
+    assert message.startswith("mini/train.py: ") and message.count("\n") == 1
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("script", ["train", "check", "tune", "postcards"])
+def test_scripts_start_from_any_folder(script, tmp_path):
+    path = Path(maker.__file__).with_name(f"{script}.py")
+    argument = "sheet.png" if script == "postcards" else "--help"
+    subprocess.run([sys.executable, path, argument], cwd=tmp_path, check=True, capture_output=True)
+    assert script != "postcards" or (tmp_path / "sheet.png").exists()

@@ -1,0 +1,89 @@
+"""A small UNet, guides for it and a batch, for tests of the method."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+
+import pytest
+import torch
+from conftest import noise, randomised
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from ppdd import GuideConfig, build_guide
+from unet import UNet, UNetConfig
+
+SMALL = UNetConfig(model_channels=16, channel_mult=(1, 2), num_res_blocks=1, attention=(True, True),
+                   num_heads=4, context_dim=24, norm_groups=8)
+TINY = [GuideConfig(form=form) for form in ("sum", "gated")]
+FULL = GuideConfig("full", hint=8)      # as narrow as the default, 1, random weights lose g
+BOTH = [GuideConfig("tiny"), FULL]
+ALL = [*TINY, FULL]
+
+
+def name_of(config: GuideConfig) -> str:
+    return f"{config.kind}-{config.form}" if config.kind == "tiny" else config.kind
+
+
+each_kind = pytest.mark.parametrize("config", BOTH, ids=lambda config: config.kind)
+each_guide = pytest.mark.parametrize("config", ALL, ids=name_of)
+
+
+@pytest.fixture
+def unet() -> UNet:
+    return randomised(lambda: UNet(SMALL))
+
+
+@pytest.fixture
+def batch() -> tuple[Tensor, ...]:
+    """z (B, Z, H, W), t (B,), c, ∅ (B, L, D), g (B,): a t and a g of its own for every sample."""
+    return (noise(3, 4, 8, 8), torch.tensor([999, 501, 20]), noise(3, 77, 24, seed=2),
+            noise(1, 77, 24, seed=3).expand(3, -1, -1), torch.tensor([2.0, 5.0, 9.0]))
+
+
+def trained(config: GuideConfig, seed: int = 4) -> nn.Module:
+    """A guide no weight of which is zero, as one that has learned something."""
+    return randomised(lambda: build_guide(SMALL, config), seed)
+
+
+def fresh(unet: UNet, config: GuideConfig) -> nn.Module:
+    guide = build_guide(SMALL, config)
+    guide.start_from(unet)
+    return guide
+
+
+def residuals(unet, guide, z, t, c, g) -> list[Tensor]:
+    """What a guide of either kind adds."""
+    return guide(g, unet.embed_time(t), c, z, t)
+
+
+def guided(unet, guide, z, t, c, g) -> Tensor:
+    """Eq. 4 in one whole pass."""
+    return unet(z, t, c, residuals(unet, guide, z, t, c, g))
+
+
+def ways(batch) -> list[dict]:
+    """What makes the four ways to sample: unguided, CFG, the tiny guide, the full guide."""
+    return [{}, {"empty": batch[3]}, *({"guide": trained(config)} for config in BOTH)]
+
+
+def spy(monkeypatch, cls, *methods) -> dict[str, list]:
+    """The arguments of every call of these methods from here on."""
+    calls = defaultdict(list)
+    for name in methods:
+        def spying(self, *args, _name=name, _method=getattr(cls, name), **options):
+            calls[_name].append(args)
+            return _method(self, *args, **options)
+        monkeypatch.setattr(cls, name, spying)
+    return calls
+
+
+class OneDevice(TorchDispatchMode):
+    """Fails where a tensor comes from a list or another device: the host may have to wait."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        tensors = [x for x in tree_leaves((args, kwargs, out)) if isinstance(x, torch.Tensor)]
+        assert len({x.device for x in tensors}) < 2 and "lift_fresh" not in str(func), func
+        return out

@@ -1,0 +1,340 @@
+"""support/guides.py: guides in files, which one is taken, and guides in other tools."""
+
+# ruff: noqa: F811 (the fixtures' names)
+
+import json
+import shutil
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import disagreement
+from diffusers import (
+    AutoencoderKL,
+    ControlNetModel,
+    DDIMScheduler,
+    PNDMScheduler,
+    StableDiffusionControlNetPipeline,
+)
+from PIL import Image
+from references import with_our_weights
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from small import FULL, SMALL, each_guide, each_kind, trained
+from toys import DEEP, UNET, here, refusal, toys, write_guide  # noqa: F401 (fixtures)
+
+import ppdd
+import sample
+from ppdd import GuideConfig
+from support import fast, guides
+from support.base import MINI, Base, load_base
+from support.checkpoint import CheckpointError
+from support.cli import BadInput
+from support.guides import (
+    BUNDLED,
+    STAGE_ONE_STEPS,
+    describe_guide,
+    diffusers_residuals,
+    find_guide,
+    guide_path,
+    load_guide,
+    read_guide,
+    save_controlnet,
+    save_guide,
+)
+from unet import UNetConfig
+
+# ------------------------------------------------------------------------------- files
+
+
+@each_guide
+def test_a_guide_comes_back_from_its_file(tmp_path, config):
+    guide, about = trained(config), {"base": "mini", "stage": "cfg", "g_range": [2, 9]}
+    save_guide(tmp_path / "new" / "guide.safetensors", guide, config, about)
+    file, = (tmp_path / "new").iterdir()
+    assert read_guide(file) == (config, about, SMALL)
+    back = load_guide(file, SMALL)
+    assert type(back) is type(guide) and not back.training and back.guide_config == config
+    assert not any(p.requires_grad for p in back.parameters())
+    assert {v.dtype for v in load_file(file).values()} == {torch.float16}
+    for name, value in guide.state_dict().items():
+        assert torch.equal(back.state_dict()[name], value.half().float())
+    rough = load_guide(file, SMALL, torch.bfloat16)
+    assert {p.dtype for p in rough.parameters()} == {torch.bfloat16}
+
+
+def metadata_of(path: Path) -> dict[str, str]:
+    with safe_open(path, framework="pt") as opened:
+        return opened.metadata()
+
+
+@each_kind
+def test_a_guide_for_another_base_is_refused_with_both_shapes(tmp_path, config):
+    path = tmp_path / "guide.safetensors"
+    save_guide(path, trained(config), config, {})
+    other = replace(SMALL, context_dim=48, num_heads=8)
+    with pytest.raises(CheckpointError, match=r"guide.safetensors was trained for a base of another"
+                       r" size \(num_heads 4 and not 8, context_dim 24 and not 48\): use it"):
+        load_guide(path, other)
+    metadata = metadata_of(path)
+    del metadata["unet_config"]                                             # as older files are
+    save_file(load_file(path), path, metadata)
+    assert read_guide(path).base_config is None
+    assert load_guide(path, SMALL).guide_config.kind == config.kind
+    with pytest.raises(CheckpointError, match="another size: use it"):
+        load_guide(path, other)
+
+
+@pytest.mark.parametrize("pool, read", [("attention", True), ("mean", False), ("end", False)])
+def test_older_files_name_the_one_way_to_pool_that_is_left(tmp_path, pool, read):
+    path = tmp_path / "guide.safetensors"
+    save_guide(path, trained(GuideConfig()), GuideConfig(), {})
+    metadata = metadata_of(path)
+    metadata["guide"] = json.dumps(json.loads(metadata["guide"]) | {"pool": pool})
+    save_file(load_file(path), path, metadata)
+    if read:
+        assert read_guide(path).config == GuideConfig() and load_guide(path, SMALL)
+    else:
+        with pytest.raises(CheckpointError, match="guide.safetensors is not a guide"):
+            read_guide(path)
+
+
+def test_a_guide_of_stage_one_counts_as_one_for_64_steps(tmp_path):
+    for steps, counted in ((0, 64), (16, 16)):
+        path = write_guide(tmp_path / "guide.safetensors", UNET, "tiny", steps)
+        assert read_guide(path).steps == counted
+    assert STAGE_ONE_STEPS == 64
+
+
+def test_every_bundled_guide_is_read(mini):
+    files = sorted(BUNDLED.glob("*.safetensors"))
+    assert len(files) > 3
+    for path in files:
+        file = read_guide(path)
+        assert file.base_config in (None, mini.unet.config)
+        assert load_guide(path, mini.unet.config).guide_config == file.config
+
+
+def test_what_is_no_guide_is_refused(tmp_path):
+    bad = tmp_path / "bad.safetensors"
+    tensors = {"x": torch.zeros(1)}
+    for write, sentence in (
+            (lambda: bad.write_text("version https://git-lfs.github.com/spec/v1\n"), "a Git LFS"),
+            (lambda: bad.write_bytes(b"PK\3\4"), "pickle"), (lambda: bad.write_bytes(b""), "empty"),
+            (lambda: save_file(tensors, bad), "not a guide"),
+            (lambda: save_file(tensors, bad, {"guide": "{", "about": "{}"}), "not a guide"),
+            (lambda: save_file(tensors, bad, {"guide": '{"size": 3}', "about": "{}"}),
+             "not a guide")):
+        write()
+        for read in (read_guide, lambda path: load_guide(path, SMALL)):
+            with pytest.raises(CheckpointError, match=f"bad.safetensors is .*{sentence}"):
+                read(bad)
+    with pytest.raises(CheckpointError, match="is not a file"):
+        load_guide(tmp_path, SMALL)
+    with pytest.raises(CheckpointError, match="none.safetensors does not exist"):
+        load_guide(tmp_path / "none.safetensors", SMALL)
+
+
+# ------------------------------------------------------------------------------- finding one
+
+
+def base_of(config: UNetConfig, name: str = "toy") -> Base:
+    """As much of a base as finding a guide asks for."""
+    with torch.device("meta"):
+        unet = ppdd.UNet(config)
+    return Base(unet, None, None, None, Path(f"{name}.safetensors"))
+
+
+def test_the_guide_taken_is_of_the_kind_the_shape_and_about_the_steps(here):
+    base = base_of(UNET)
+    Path("toy.safetensors").touch()
+    for kind in ("tiny", "full"):
+        for steps, suffix in ((1, "-8"), (11, "-8"), (12, "-16"), (45, "-32"), (46, ""), (999, "")):
+            assert find_guide(base, kind, steps) == Path(f"guides/toy/{kind}{suffix}.safetensors")
+    assert find_guide(base_of(DEEP, "deep"), "tiny", 8) is None
+
+
+def test_the_folder_given_comes_before_the_base_s_own_and_that_before_others(here):
+    Path("toy.safetensors").touch()
+    Path("guides").unlink()
+    base = base_of(UNET)
+    for path, steps, about in (
+            (guides.BUNDLED / "tiny.safetensors", 8, {"base": "other"}),
+            ("guides/other/tiny.safetensors", 8, {}),               # of this base: before the steps
+            ("guides/toy/gated.safetensors", 64, {"form": "gated"}),
+            ("guides/toy/sum.safetensors", 0, {}),                  # the paper's form
+            ("given/deep/er.safetensors", 64, {"base": "other"})):
+        write_guide(Path(path), UNET, "tiny", steps, **about)
+        assert find_guide(base, "tiny", 8, "given") == Path(path)
+        assert find_guide(base, "full", 8, "given") is None
+    assert find_guide(base, "tiny", 8) == Path("guides/toy/sum.safetensors")
+
+
+def test_guides_for_a_single_g_and_other_files_are_passed_over(here):
+    Path("toy.safetensors").touch(), Path("mine").mkdir()
+    Path("mine/a.safetensors").write_bytes(b"<html>")
+    save_file({"x": torch.zeros(1)}, "mine/b.safetensors")
+    write_guide(Path("mine/c.safetensors"), DEEP, "tiny", 8)
+    write_guide(Path("mine/d.safetensors"), UNET, "tiny", 8, g_range=(5, 5))
+    found = find_guide(base_of(UNET), "tiny", 8, "mine")
+    assert found == Path("guides/toy/tiny-8.safetensors")
+
+
+def test_a_guide_is_found_by_its_name(here, mini):
+    Path("toy.safetensors").touch()
+    base = base_of(UNET)
+    assert guide_path(base, "tiny-8") == Path("guides/toy/tiny-8.safetensors")
+    assert guide_path(base, "~/x.safetensors") == Path.home() / "x.safetensors"
+    with pytest.raises(BadInput, match="there is no guides/toy/none.safetensors: train.py"):
+        guide_path(base, "none")
+
+
+def test_a_line_says_which_guide_is_used():
+    base = Base(None, None, None, None, Path("styled.safetensors"))
+    path = Path("a/tiny-8.safetensors")
+    line = describe_guide(path, {"base": "toy", "steps": 8, "uncond": "dull"}, base)
+    assert line == (f"guide: {path}, distilled on toy for 8 steps, plugged into styled.safetensors "
+                    "as it is, away from 'dull'")
+    assert describe_guide(path, {"base": base.name}, base) == (
+        f"guide: {path}, distilled on styled.safetensors for any steps")
+
+
+def test_a_guide_file_is_described_on_the_command_line(here, toys, capsys):
+    sample.main(["--about", "guides/toy/full-8.safetensors"])
+    printed = capsys.readouterr().out
+    about = json.loads(printed)
+    assert about["base"] == "toy" and about["guide"]["kind"] == "full" and about["steps"] == 8
+    assert about["base_shape"] == json.loads(json.dumps(asdict(UNET)))
+    assert printed == json.dumps(about, indent=1, sort_keys=True) + "\n"
+    assert not Path("out").exists()
+    assert "is not a guide" in refusal(capsys, "--about", f"{toys}/toy.safetensors")
+    assert "does not exist" in refusal(capsys, "--about", "nowhere.safetensors")
+
+
+# ------------------------------------------------------------------------------- in other tools
+
+TRAILING = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear",
+            "timestep_spacing": "trailing", "set_alpha_to_one": True, "clip_sample": False}
+PROMPTS = ["a big red boat on the sea at sunset", "a tiny yellow tree in the snow"]
+
+
+@pytest.fixture(scope="module")
+def mini():
+    return load_base(MINI)
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    """A folder with the miniature's full guide as a ControlNet."""
+    folder = tmp_path_factory.mktemp("exported")
+    sample.main(["--guide", "full", "--weights", "mini", "--export", str(folder)])
+    return folder
+
+
+def ours_of(mini, name: str, g: float, steps: int = 8):
+    guide = load_guide(BUNDLED / f"{name}.safetensors", mini.unet.config)
+    z, c = ppdd.noise([3, 4], (4, 8, 8)), mini.embed(PROMPTS)
+    return fast.sample(mini.unet, z, c, g, steps, guide), z, c, guide
+
+
+@pytest.mark.parametrize("size, aware", [("mini", 2), ("sd15", 12)])
+def test_so_many_residuals_can_know_the_prompt_as_the_readme_says(mini, size, aware):
+    config = mini.unet.config if size == "mini" else UNetConfig(
+        model_channels=32, context_dim=64, norm_groups=8)
+    guide, g, t = ppdd.build_guide(config, GuideConfig(kind="full")), 8.0, torch.tensor([500])
+    for p in guide.parameters():
+        torch.nn.init.normal_(p, std=0.1)
+    z = ppdd.noise([3], (4, 16, 16))
+    residuals = [guide(torch.tensor([g]), None, c[None], z, t)
+                 for c in mini.embed(PROMPTS)]
+    assert sum(not torch.equal(a, b) for a, b in zip(*residuals)) == aware
+
+
+@pytest.mark.parametrize("g", [8.0, 3.3])
+@pytest.mark.parametrize("single", [False, True], ids=["folder", "single"])
+def test_an_exported_guide_is_a_controlnet(mini, exported, tmp_path, g, single):
+    """diffusers' pipeline with guidance off and a plain grey image gives our latents."""
+    expected, z, c, _ = ours_of(mini, "full-8", g)
+    if single:
+        shutil.copy(exported / "config.json", tmp_path)
+        control = ControlNetModel.from_single_file(
+            exported / "full-8-controlnet.safetensors", config=str(tmp_path), local_files_only=True)
+    else:
+        control = ControlNetModel.from_pretrained(exported, torch_dtype=torch.float32)
+    vae = AutoencoderKL(block_out_channels=[4] * 4, norm_num_groups=4, layers_per_block=1,
+                        down_block_types=["DownEncoderBlock2D"] * 4,      # only its 8 is asked for
+                        up_block_types=["UpDecoderBlock2D"] * 4)
+    pipe = StableDiffusionControlNetPipeline(
+        vae, None, None, with_our_weights(mini.unet), control, DDIMScheduler(**TRAILING), None,
+        None, requires_safety_checker=False)
+    pipe.set_progress_bar_config(disable=True)
+    theirs = pipe(prompt_embeds=c, image=torch.full((1, 3, 64, 64), g / 10), guidance_scale=1.0,
+                  num_inference_steps=8, latents=z, height=64, width=64, output_type="latent")
+    assert disagreement(theirs.images, expected) < 1e-4
+    if g == 8.0:
+        grey = Image.new("RGB", (64, 64), (204, 204, 204))
+        theirs = pipe(prompt_embeds=c, image=grey, guidance_scale=1.0, latents=z, height=64,
+                      width=64, num_inference_steps=8, output_type="latent")
+        assert disagreement(theirs.images, expected) < 1e-4
+
+
+def test_an_exported_guide_has_the_names_that_other_tools_look_for(exported):
+    """At SD 1.5's size they are those of the ControlNet that everyone has."""
+    single = load_file(exported / "full-8-controlnet.safetensors")
+    assert {v.dtype for v in single.values()} == {torch.float16}
+    assert all(name.startswith("control_model.") for name in single)
+    assert "control_model.zero_convs.0.0.weight" in single
+    assert "control_model.input_hint_block.14.bias" in single
+    with torch.device("meta"):
+        guide, theirs = ppdd.FullGuide(UNetConfig()), ControlNetModel(cross_attention_dim=768)
+        config = guides._controlnet_config(guide)
+        same = ControlNetModel.from_config(config)
+    shapes = [{k: v.shape for k, v in model.state_dict().items()} for model in (theirs, same)]
+    assert shapes[0] == shapes[1]
+    assert theirs.config.attention_head_dim == config["attention_head_dim"]
+
+
+def test_an_export_is_rounded_once(exported, monkeypatch):
+    monkeypatch.setattr(sample, "auto_dtype", lambda device: "bf16")
+    sample.main(["--guide", "full", "--weights", "mini", "--export", str(exported / "again")])
+    guide = load_file(BUNDLED / "full-8.safetensors")
+    for folder in (exported, exported / "again"):
+        single = load_file(folder / "full-8-controlnet.safetensors")
+        assert all(torch.equal(single[f"control_model.{k}"], v) for k, v in guide.items())
+
+
+def test_only_a_full_guide_is_exported(here, capsys):
+    message = refusal(capsys, "--guide", "tiny", "--export", "there")
+    assert "not a full guide" in message and not list(Path("there").iterdir())
+    assert not Path("out").exists()
+
+
+@pytest.mark.parametrize("name, steps", [
+    ("tiny-8", 8), pytest.param("tiny", 50, marks=pytest.mark.full)])
+def test_a_tiny_guide_in_diffusers_own_loop(mini, name, steps):
+    """With the scheduler that the README makes of what SD 1.5 comes with."""
+    expected, z, c, guide = ours_of(mini, name, 6.0, steps)
+    shipped = PNDMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear",
+                            skip_prk_steps=True, set_alpha_to_one=False, steps_offset=1)
+    scheduler = DDIMScheduler.from_config(shipped.config, timestep_spacing="trailing",
+                                          set_alpha_to_one=True, clip_sample=False)
+    unet = with_our_weights(mini.unet)
+    scheduler.set_timesteps(steps)
+    with torch.no_grad():
+        for t in scheduler.timesteps:
+            extra = diffusers_residuals(guide, unet, 6.0, t, c)
+            eps = unet(z, t, encoder_hidden_states=c, **extra).sample
+            z = scheduler.step(eps, t, z).prev_sample
+    assert disagreement(z, expected) < 1e-4
+
+
+def test_a_guide_of_another_hint_width_is_exported_too(tmp_path):
+    guide = trained(FULL)
+    single = save_controlnet(tmp_path, guide, "mine")
+    assert single == tmp_path / "mine-controlnet.safetensors"
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["conditioning_embedding_out_channels"] == [8, 16, 48, 128]
+    theirs = ControlNetModel.from_pretrained(tmp_path)
+    assert sum(p.numel() for p in theirs.parameters()) == sum(
+        p.numel() for p in guide.parameters())

@@ -1,0 +1,342 @@
+"""RESULTS.md and README.md show the numbers of the result files, digit for digit."""
+
+import json
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from evaluation.report import passes_text
+from mini.judge import judge_hash
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = (ROOT / "RESULTS.md").read_text(encoding="utf-8")
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+ACCURACY = "caption accuracy"
+NOISED, TRAJECTORIES = "noised real images", "CFG's own trajectories"
+# Options that trials of results/tuning.json used, and that train.py no longer has.
+REMOVED = {"ema", "loss: snr", "form: product", "pool: mean", "pool: end"}
+
+
+def results(name: str):
+    return json.loads((ROOT / "results" / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def cell_of(row: dict, g: str = "8") -> dict:
+    """A row's measurements at one g; those without guidance are at g = 0."""
+    return row["cells"].get(g) or row["cells"]["0"]
+
+
+def score(row: dict, name: str = ACCURACY, g: str = "8", spread: bool = False) -> str:
+    cell, digits = cell_of(row, g), 4 if name == "CLIP-FID" else 1
+    mean = f"{cell['mean'][name]:.{digits}f}"
+    return f"{mean} ± {cell['spread'][name]:.{digits}f}" if spread else mean
+
+
+def passes(row: dict) -> str:
+    return passes_text(row["UNet passes"], row["guide passes"])
+
+
+def table2_rows() -> dict:
+    return results("table2")["bases"]["mini"]["rows"]
+
+
+# ------------------------------------------------------------------------------- tables
+
+def table1() -> Iterator[str]:
+    for row in results("table1")["rows"]:
+        paper = row["paper"]
+        yield (f"| {row['network']} | {row['parameters']:,} | {row['GMACs']:,.5g} "
+               f"| {paper['parameters'] / 1e6:g} M | {paper['GMACs']:g} |")
+
+
+def table2() -> Iterator[str]:
+    for row in table2_rows().values():
+        scores = (score(row, name, spread=True) for name in ("CLIP-FID", "CLIP", ACCURACY))
+        yield (f"| {row['title']} | {passes(row)} | {row['milliseconds']['median']:.0f} "
+               f"| {' | '.join(scores)} |")
+
+
+def table3() -> Iterator[str]:
+    for base, measured in results("table3")["bases"].items():
+        for row in measured["rows"].values():
+            yield (f"| {base} | {row['title']} | {score(row, 'CLIP-FID', spread=True)} "
+                   f"| {score(row, spread=True)} |")
+
+
+def plugged_in() -> Iterator[str]:
+    for base, measured in results("table3")["bases"].items():
+        rows = measured["rows"]
+        cells = (score(rows[name]) for name in ("none-50", "cfg-50", "full", "tiny", "tiny-gated"))
+        yield f"| {base} | {' | '.join(cells)} |"
+
+
+def match() -> Iterator[str]:
+    for name, shares in results("match")["guides"].items():
+        yield f"| {name} | {shares[NOISED]['all']:.1f} | {shares[TRAJECTORIES]['all']:.1f} |"
+
+
+def trials() -> Iterator[str]:
+    """The rows of results/tuning.json that have a caption accuracy; those of 16 steps first."""
+    for row in sorted(results("tuning"), key=lambda row: row.get("steps") != 16):
+        if ACCURACY in row:
+            shares = (f"{100 * row[ACCURACY][g]['all']:.1f}" for g in ("g = 2", "g = 8"))
+            yield f"| {trial_name(row['settings'])} | {row['steps']} | {' | '.join(shares)} |"
+
+
+def trial_name(settings: dict) -> str:
+    if settings["guide"] == "cfg":
+        return "CFG"
+    if "start-steps" in settings:
+        halved = settings["sampled"] == "made"
+        return f"{settings['guide']} guide, " + (
+            f"halved to {settings['steps']} steps" if halved else "halved to 8 steps only")
+    changed = {k: v for k, v in settings.items()
+               if k in ("loss", "form", "trajectories", "ema") and v != "sum"}
+    name = " ".join(f"`--{k} {v}`" for k, v in changed.items()) or "as in the paper"
+    if "init" in settings:
+        name += f", {settings['updates']:,} updates (bundled)"
+    return name + " †" * any({k, f"{k}: {v}"} & REMOVED for k, v in changed.items())
+
+
+def speed() -> Iterator[str]:
+    for ratio in results("speed-sd15-cpu")["ratios"]:
+        yield f"| {ratio['ratio']} | {ratio['side']} × {ratio['side']} | {ratio['median']:.2f} |"
+
+
+def miniature() -> Iterator[str]:
+    mini = results("mini")
+    styles = mini["judge on real images of other styles"]
+    for name, share in (
+            ("caption accuracy without guidance, 50 steps", mini["no guidance"][ACCURACY]["all"]),
+            ("caption accuracy with CFG, g = 8, 50 steps", mini["CFG"][ACCURACY]["all"]),
+            ("accuracy of the classifier on real postcards", mini["judge on real images"]["all"]),
+            *((f"accuracy of the classifier on real {style} images", share)
+              for style, share in styles.items())):
+        yield f"| {name} | {100 * share:.1f} % |"
+    error = mini["reconstruction error, mean absolute"]
+    yield f"| mean error of the autoencoder, of a pixel's range | {error:.3f} |"
+
+
+def beside_the_paper() -> Iterator[str]:
+    """README's table: Table 2 at g = 8, and what the paper has there for SD 1.5."""
+    paper = {"cfg-50": ("21", "26.60"), "cfg-8": ("116.60", "24.13"),
+             "full": ("18.19", "30.05"), "full-16": ("20.74", "29.91"),
+             "full-8": ("29.53", "29.84"), "tiny": ("19.74", "30.23"),
+             "tiny-16": ("23.14", "30.53"), "tiny-8": ("36.22", "30.23"),
+             "tiny-8-g8": ("23.97", "30.45")}
+    for name, scores in paper.items():
+        row = table2_rows()[name]
+        yield (f"| {row['title'].replace(', DDIM', '')} | {passes(row)} "
+               f"| {score(row, spread=True)} | {score(row, 'CLIP-FID', spread=True)} "
+               f"| {' | '.join(scores)} |")
+
+
+@pytest.mark.parametrize("page, lines", [
+    *((RESULTS, lines) for lines in (table1, table2, table3, plugged_in, match, trials, speed,
+                                     miniature)),
+    (README, beside_the_paper)], ids=lambda value: getattr(value, "__name__", ""))
+def test_tables_show_the_result_files(page: str, lines: Callable[[], Iterator[str]]):
+    """The table is in the page, row after row, and has no other rows."""
+    rows = list(lines())
+    assert len(rows) >= 3
+    assert "|\n\n" not in "\n".join(rows)
+    head = re.escape("|---|\n") + re.escape("\n".join(rows)) + r"\n\n"
+    assert re.search(head, page), rows
+
+
+# ------------------------------------------------------------------------------- the text
+
+def claims() -> Iterator[str]:
+    """What "The paper's claims, one by one" says of Tables 2 and 3 and of the teacher match."""
+    rows, guides = table2_rows(), results("match")["guides"]
+
+    def accuracy(name: str, g: str = "8") -> str:
+        return f"{score(rows[name], g=g)} %"
+
+    def fid(name: str) -> str:
+        return score(rows[name], "CLIP-FID")
+
+    def clip(name: str, g: str = "8") -> str:
+        return score(rows[name], "CLIP", g)
+
+    def left(name: str, source: str) -> str:
+        return f"{guides[name][source]['all']:.1f} %"
+
+    yield f"CFG at 50 steps: caption accuracy {accuracy('cfg-50')}, CLIP-FID {fid('cfg-50')}."
+    yield f"full guide: {accuracy('full')}, CLIP-FID {fid('full')}."
+    yield f"caption accuracy, {accuracy('tiny')}, but its CLIP-FID is worse: {fid('tiny')}."
+    yield f"to a CLIP score of {clip('tiny')} against CFG's {clip('cfg-50')}."
+    yield f"It reaches {accuracy('tiny-gated')}, with a CLIP-FID of {fid('tiny-gated')}."
+    yield f"Confirmed: {accuracy('full-8')}, CLIP-FID {fid('full-8')}, with one UNet pass per step."
+    yield f"CFG in 8 steps reaches {accuracy('cfg-8')}."
+    yield f"{accuracy('tiny-8')} at 8 steps and {accuracy('tiny')} at 50."
+    yield f"The gated variant has {accuracy('tiny-gated-8')} and {accuracy('tiny-gated')}."
+    yield f"at g = 8 only reaches {accuracy('tiny-8-g8')}."
+    yield f"from {accuracy('cfg-50', '2')} at g = 2 to {accuracy('cfg-50')} at g = 8."
+    yield f"guide follows, from {accuracy('full', '2')} to {accuracy('full')}."
+    yield f"responds less, from {accuracy('tiny', '2')} to {accuracy('tiny')}."
+    yield f"at g = 2 is {clip('tiny', '2')}, where CFG's is {clip('cfg-50', '2')}"
+    yield f"from {accuracy('tiny-gated', '2')} to {accuracy('tiny-gated')}, and its CLIP score " \
+          f"at g = 2 is {clip('tiny-gated', '2')}."
+    yield f"leaves {left('full', NOISED)} of the correction unexplained, the tiny guide " \
+          f"{left('tiny', NOISED)} and the gated variant {left('tiny-gated', NOISED)}."
+    yield f"the full guide leaves {left('full', TRAJECTORIES)}."
+    yield f"leave {left('tiny', TRAJECTORIES)} and {left('tiny-gated', TRAJECTORIES)}, more than"
+    yield f"no guidance ({fid('none-50')})"
+
+
+def trial_claims() -> Iterator[str]:
+    """What "What was tried" says of results/tuning.json and, in one place, of Table 2."""
+    def accuracy(**wanted) -> float:
+        return 100 * find_trial(True, **wanted)[ACCURACY]["g = 8"]["all"]
+
+    def left(**wanted) -> str:
+        return f"{100 * find_trial(False, updates=600, **wanted)['unexplained']:.1f} %"
+
+    short, weighted = {"updates": 1000, "lr": "5e-3"}, {"loss": "root-snr"}
+    long = weighted | {"updates": 6000}
+    gains = (accuracy(**short, form="gated") - accuracy(**short),
+             accuracy(**short, **weighted, form="gated") - accuracy(**short, **weighted),
+             accuracy(**long, form="gated") - accuracy(**long, form="sum"))
+    in_table2 = [cell_of(table2_rows()[name])["mean"][ACCURACY] for name in ("tiny-gated", "tiny")]
+    yield f"gains {gains[0]:.1f} points after 1,000 updates, and {gains[1]:.1f} points with"
+    yield f"After 6,000 updates it gains {gains[2]:.1f} points here, and " \
+          f"{in_table2[0] - in_table2[1]:.1f} points in Table 2 at 50 steps."
+    yield f"goes from {accuracy(**short, **weighted):.1f} % to " \
+          f"{accuracy(**long, form='sum'):.1f} % and the gated guide from " \
+          f"{accuracy(**short, **weighted, form='gated'):.1f} % to " \
+          f"{accuracy(**long, form='gated'):.1f} %."
+    muon = left(guide="full", optimizer="muon", lr="6e-3")
+    adamw = left(guide="full", optimizer="adamw", lr="2e-3")
+    yield f"leaves {muon} of the correction unexplained with Muon and {adamw} with AdamW."
+    queries, mean, end = (left(guide="tiny", lr="2e-3", form="sum", pool=pool)
+                          for pool in ("attention", "mean", "end"))
+    yield f"queries leave {queries} of the correction unexplained, the mean {mean} and the " \
+          f"end-of-text token {end}."
+    for loss, rest in (("eps", "of the correction unexplained for the tiny guide and {} for the "
+                               "full guide."), ("snr", "and {},")):
+        tiny, full = (left(guide=guide, start_steps="16", loss=loss) for guide in ("tiny", "full"))
+        yield f"leaves {tiny} {rest.format(full)}"
+
+
+def find_trial(has_images: bool, **wanted) -> dict:
+    """The row of results/tuning.json with these settings and the fewest others."""
+    wanted = {k.replace("_", "-"): v for k, v in wanted.items()}
+    rows = [row for row in results("tuning")
+            if (ACCURACY in row) == has_images and wanted.items() <= row["settings"].items()]
+    fewest = min(len(row["settings"]) for row in rows)
+    (row,) = (row for row in rows if len(row["settings"]) == fewest)
+    return row
+
+
+def speed_claims() -> Iterator[str]:
+    """What "On two CPU threads" says of results/speed-sd15-cpu.json."""
+    ratio = {(r["ratio"], r["side"]): f"{r['median']:.2f}" for r in
+             results("speed-sd15-cpu")["ratios"]}
+    step, unet = "tiny step / CFG step", "UNet pass / diffusers: UNet pass"
+    image = "tiny image, 8 steps / diffusers: CFG image, 8 steps"
+    tiny, full = (ratio[f"{guide} stage-one update / {guide} stage-one update, naive", 32]
+                  for guide in ("tiny", "full"))
+    yield f"{ratio[step, 32]} of it at 32 × 32, and {ratio[step, 64]} at 64 × 64."
+    yield f"still takes {ratio[image, 32]} of the time of diffusers' CFG."
+    yield f"takes {ratio[unet, 32]} and {ratio[unet, 64]} of diffusers' time"
+    yield f"{tiny} of the naive time for the tiny guide and {full} for the full guide."
+
+
+def cost_claims() -> Iterator[str]:
+    """What the text under Table 1 says of whole images."""
+    images = results("table1")["GMACs per image"]
+    share = {steps: round(100 * images["tiny"][steps] / images["cfg"][steps])
+             for steps in ("8", "50")}
+    yield f"costs {share['8']} % of CFG's arithmetic, and a 50-step image costs {share['50']} %."
+
+
+def reliability_claims() -> Iterator[str]:
+    measured = results("reliability")
+    assert measured["equal"]
+    yield f"with {measured['kills']} kills at random moments of {measured['runs']} small runs, " \
+          f"{measured['of them after the first update']} of them after the first update"
+    yield f"at commit {measured['commit'][:7]}"
+
+
+def training_claims() -> Iterator[str]:
+    training = json.loads((ROOT / "mini" / "training.json").read_text(encoding="utf-8"))
+    seconds = sum(part["seconds"] for name, part in training.items()
+                  if name in ("vae", "clip", "judge", "unet", "watercolor", "cartoon", "realistic"))
+    yield f"{results('mini')['images']:,} captions that name all six attributes"
+    yield f"about {seconds / 3600:.1f} hours"
+
+
+@pytest.mark.parametrize("begin, end, expected, others", [
+    ("## Table 1", "## Table 2", cost_claims, []),
+    ("## The paper's claims", "## What was tried", claims, []),
+    ("## What was tried", "## Figures", trial_claims, ["114.5 %", "43.2 %"]),
+    ("### On two CPU threads", "### On an H100", speed_claims, ["0.51 and 0.49", "0.99 and 1.06"]),
+    ("## Reliability", "## The miniature", reliability_claims, []),
+    ("## The miniature", "## How to remake", training_claims, ["9.0 million", "Diffusion 1.5"])])
+def test_the_text_states_the_numbers_of_the_result_files(begin, end, expected, others):
+    """Each phrase stands in its section as the files have it, and no other number with a decimal.
+
+    `others` are numbers of results at other commits, and versions.
+    """
+    section = RESULTS[RESULTS.index(f"\n{begin}"):RESULTS.index(f"\n{end}")]
+    text = " ".join(re.sub(r"(?m)^\|.*$", "", section).split())         # without its tables
+    phrases = list(expected())
+    missing = [phrase for phrase in phrases if phrase not in text]
+    assert phrases and not missing, missing
+    for phrase in (*phrases, *others, "Diffusion 1.5"):
+        text = text.replace(phrase, "")
+    assert not re.findall(r"(?<![\w.])\d+\.\d+(?![\w.]*\d)", text)
+
+
+def test_the_limits_state_the_teacher_match():
+    full, tiny = (f"{results('match')['guides'][name][NOISED]['all']:.1f} %"
+                  for name in ("full", "tiny"))
+    assert f"the full one leaves {full} of the CFG correction unexplained, and the tiny one " \
+           f"{tiny}." in " ".join(README.split())
+
+
+def test_every_guide_leaves_more_than_all_on_trajectories_below_t_700():
+    assert "Below t = 700, every guide leaves more than 100 %." in " ".join(RESULTS.split())
+    for shares in results("match")["guides"].values():
+        for span, share in shares[TRAJECTORIES]["by t"].items():
+            assert share > 100 or int(span.split("–")[0]) >= 700
+
+
+def test_the_classifier_is_as_good_as_the_text_says():
+    table2 = results("table2")["bases"]["mini"]["measured by"]["judge on real images, %"]
+    assert f"correct on {table2:.1f} % of real postcards" in RESULTS
+    assert all(base["measured by"]["judge on real images, %"] == 100
+               for base in results("table3")["bases"].values())
+
+
+def test_the_bundled_judge_measured_every_caption_accuracy():
+    judged = [results("mini"), *(row for row in results("tuning") if ACCURACY in row),
+              *(base["measured by"] for name in ("table2", "table3")
+                for base in results(name)["bases"].values())]
+    assert {measured["judge"] for measured in judged} == {judge_hash()}
+
+
+def test_training_times_follow_from_the_measured_updates():
+    """README's hours for the default schedule on SD 1.5, from RESULTS.md's and the CPU's times."""
+    import train
+
+    milliseconds = {guide: {} for guide in ("tiny", "full")}
+    for name, key in (("stage one, ms", "one"), ("halving, ms", "halving")):
+        tiny, full = re.search(rf"\| {name} \| ([\d.]+) \| ([\d.]+) \|", RESULTS).groups()
+        milliseconds["tiny"][key], milliseconds["full"][key] = float(tiny), float(full)
+    batch, schedule = train.Config.batch, {}
+    for guide, of_8 in milliseconds.items():
+        config = train.DEFAULTS["sd", guide]
+        halvings = (train.Config.start_steps // train.Config.end_steps).bit_length() - 1
+        total = config.updates * of_8["one"] + halvings * config.halving_updates * of_8["halving"]
+        schedule[guide] = total * batch / 8 / 1000 / 3600
+    rows = {row["what"]: row["ms"] / 1000 for row in results("speed-sd15-cpu")["rows"]
+            if row["side"] == 32}
+    cpu = [f"{rows[f'{guide} stage-one update']:.1f} s" for guide in ("tiny", "full")]
+    gpu = [f"{milliseconds[guide]['one'] / 1000:.2f} s" for guide in ("tiny", "full")]
+    hours = [f"about {schedule[guide]:.0f} h" for guide in ("tiny", "full")]
+    for cells in (cpu, gpu, hours):
+        assert f"| {' | '.join(cells)} |" in README, cells
