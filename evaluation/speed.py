@@ -76,7 +76,7 @@ def speed(config) -> None:
             report.leave_out(f"{group.where}: {config.minutes:g} minutes (--minutes) are over")
         else:
             measure(config, group, report, deadline)
-    report.finish()
+    print(report.save())
 
 
 class Report:
@@ -106,7 +106,7 @@ class Report:
                 for name, measured in timings.items()]
         self.result["rows"] += rows
         self.result["ratios"] = speed_report.ratios(self.result["rows"])
-        write_json(self.file, self.result)
+        self.save()
         for row in rows:
             print(*filter(None, speed_report.row_cells(row)), sep="  ", flush=True)
 
@@ -114,11 +114,12 @@ class Report:
         self.result["left out"].append(what)
         print(f"left out: {what}", flush=True)
 
-    def finish(self) -> None:
+    def save(self) -> str:
+        """Writes the result and its page; returns the page."""
         page = speed_report.speed_page(self.result)
         write_json(self.file, self.result)
         write_text(self.file.with_suffix(".md"), page)
-        print(page)
+        return page
 
 
 # ------------------------------------------------------------------------------- the networks

@@ -1,4 +1,8 @@
-"""How the benchmark measures: calls take turns, and on a GPU they are replayed from recordings."""
+"""How the benchmark measures: calls take turns, and on a GPU they are replayed from recordings.
+
+Launching a kernel costs the host some 20 microseconds. What a GPU takes for a call shows only where
+the call is recorded beforehand.
+"""
 
 from __future__ import annotations
 
@@ -13,9 +17,6 @@ import torch
 from tqdm import tqdm
 
 from support import capture
-
-# Launching a kernel costs the host some 20 microseconds: what a GPU takes for a call shows only
-# where the call is recorded beforehand.
 
 
 def is_gpu(device: str) -> bool:
