@@ -27,7 +27,7 @@ class Postcards:
         moments, states = [], []
         attributes = postcards.sample_attributes(count, generator)
         for part in tqdm(attributes.split(250), desc="drawing postcards", leave=False):
-            images = postcards.draw(part, generator=generator).to(base.device)
+            images = postcards.draw(part.to(base.device), generator=generator)
             captions = [postcards.caption(a, rng) for a in part]
             moments.append(base.vae.encode(images * 2 - 1))
             states.append(base.embed(captions).half())                     # half the memory

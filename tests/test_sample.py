@@ -106,7 +106,7 @@ def test_half_precision_is_near(here, dtype, guide):
 def backend(monkeypatch) -> CompileCounter:
     """Stands in for PyTorch's compiler, which needs a C++ one; counts the graphs it is given."""
     counter, real = CompileCounter(), torch.compile
-    monkeypatch.setattr(torch, "compile", lambda function, *, dynamic, mode: real(
+    monkeypatch.setattr(torch, "compile", lambda function, *, dynamic: real(
         function, fullgraph=True, dynamic=dynamic, backend=counter))
     return counter
 
