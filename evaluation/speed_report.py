@@ -223,7 +223,8 @@ def _draw_growth(panels, rows: list[dict]) -> None:
     for row in rows:
         if " image, " in row["what"] and row["side"] == side:
             curves.setdefault(row["what"], []).append((row["batch"], row["images/s"]))
-    for k, (name, points) in enumerate(curves.items()):
+    several = [(name, points) for name, points in curves.items() if len(points) > 1]
+    for k, (name, points) in enumerate(several or curves.items()):
         _curve(images, sorted(points), "osD^vP*X"[k % 8] + "-", name)
     by_side.set(xlabel="side of the latent", ylabel="ms", title=f"UNet pass, batch {batch}")
     by_batch.set(xlabel="batch", ylabel="ms an image", title=f"UNet pass, {side} × {side}")

@@ -105,6 +105,55 @@ def speed() -> Iterator[str]:
         yield f"| {ratio['ratio']} | {ratio['side']} × {ratio['side']} | {ratio['median']:.2f} |"
 
 
+def gpu_rows() -> dict[tuple, dict]:
+    """Rows of results/speed-sd15-cuda.json by what was measured, side and batch."""
+    return {(row["what"], row["side"], row["batch"]): row
+            for row in results("speed-sd15-cuda")["rows"]}
+
+
+def speed_on_a_gpu() -> Iterator[str]:
+    rows = gpu_rows()
+
+    def ms(what: str, batch: int) -> str:
+        row = rows.get((what, 64, batch))
+        return f"{row['ms']:,.4g}" if row else ""
+
+    for work in ("UNet pass", "VAE decode", "text encoding"):
+        for who in ("", "diffusers: "):
+            name = f"{who}{work}, captured"
+            yield f"| {name} | {' | '.join(ms(name, batch) for batch in (1, 4, 16))} |"
+    for method in ("CFG", "full", "tiny"):
+        name = f"{method} step, captured"
+        yield f"| {name} | {' | '.join(ms(name, batch) for batch in (1, 4, 16))} |"
+    for steps in (8, 50):
+        for method in ("CFG", "full", "tiny", "diffusers: CFG"):
+            name = f"{method} image, {steps} steps"
+            yield f"| {name} | {' | '.join(ms(name, batch) for batch in (1, 4, 16))} |"
+
+
+def eager_on_a_gpu() -> Iterator[str]:
+    for name in ("UNet pass", "diffusers: UNet pass", "CFG step", "full step", "tiny step"):
+        yield f"| {name} | {gpu_rows()[name, 64, 1]['ms']:,.4g} |"
+
+
+def growth_on_a_gpu() -> Iterator[str]:
+    for side in (32, 64, 96):
+        cells = (f"{gpu_rows()[f'{who}UNet pass, captured', side, 1]['ms']:,.4g}"
+                 for who in ("", "diffusers: "))
+        yield f"| {side} × {side} | {' | '.join(cells)} |"
+
+
+def training_on_a_gpu() -> Iterator[str]:
+    def cells(work: str, key: str) -> str:
+        return " | ".join(f"{gpu_rows()[f'{guide} {work}', 64, 8][key]:.1f}"
+                          for guide in ("tiny", "full"))
+
+    for work in ("stage-one update", "stage-one update, naive", "halving update"):
+        yield f"| {work}, ms | {cells(work, 'ms')} |"
+    yield f"| stage one, images a second | {cells('stage-one update', 'images/s')} |"
+    yield f"| peak memory, GiB | {cells('stage-one update', 'GiB')} |"
+
+
 def miniature() -> Iterator[str]:
     mini = results("mini")
     styles = mini["judge on real images of other styles"]
@@ -135,7 +184,8 @@ def beside_the_paper() -> Iterator[str]:
 
 @pytest.mark.parametrize("page, lines", [
     *((RESULTS, lines) for lines in (table1, table2, table3, plugged_in, match, trials, speed,
-                                     miniature)),
+                                     speed_on_a_gpu, eager_on_a_gpu, growth_on_a_gpu,
+                                     training_on_a_gpu, miniature)),
     (README, beside_the_paper)], ids=lambda value: getattr(value, "__name__", ""))
 def test_tables_show_the_result_files(page: str, lines: Callable[[], Iterator[str]]):
     """The table is in the page, row after row, and has no other rows."""
@@ -245,6 +295,29 @@ def speed_claims() -> Iterator[str]:
     yield f"{tiny} of the naive time for the tiny guide and {full} for the full guide."
 
 
+def gpu_claims() -> Iterator[str]:
+    """What "On an H100" says of results/speed-sd15-cuda.json."""
+    measured, rows = results("speed-sd15-cuda"), gpu_rows()
+    medians = {(r["ratio"], r["batch"]): f"{r['median']:.2f}" for r in measured["ratios"]}
+
+    def ratios(ours: str, theirs: str) -> list[str]:
+        return [medians[f"{ours} / {theirs}", batch] for batch in (1, 16)]
+
+    unet, decode = "UNet pass, captured", "VAE decode, captured"
+    one, sixteen = ratios(unet, f"diffusers: {unet}")
+    yield f"takes {one} of diffusers' time at batch 1 and {sixteen} at batch 16,"
+    yield f"{100 * rows[unet, 64, 16]['of the matrix rate']:.1f} % of the card's matrix rate"
+    yield f"decode takes {' and '.join(ratios(decode, f'diffusers: {decode}'))} of diffusers' time"
+    tiny = "tiny image, 8 steps"
+    yield f"with the tiny guide takes {rows[tiny, 64, 1]['ms']:.4g} ms,"
+    yield f"{rows[tiny, 64, 16]['images/s']:.1f} images a second"
+    one, sixteen = ratios("full step, captured", "CFG step, captured")
+    yield f"a step takes {one} of a CFG step"
+    yield f"At batch 16 it is {sixteen}, and the tiny guide's step is " \
+          f"{medians['tiny step, captured / CFG step, captured', 16]} of a CFG step"
+    assert "H100" in measured["protocol"]["hardware"] and not measured["left out"]
+
+
 def cost_claims() -> Iterator[str]:
     """What the text under Table 1 says of whole images."""
     images = results("table1")["GMACs per image"]
@@ -274,6 +347,7 @@ def training_claims() -> Iterator[str]:
     ("## The paper's claims", "## What was tried", claims, []),
     ("## What was tried", "## Figures", trial_claims, ["114.5 %", "43.2 %"]),
     ("### On two CPU threads", "### On an H100", speed_claims, ["0.51 and 0.49", "0.99 and 1.06"]),
+    ("### On an H100", "### Batch size", gpu_claims, ["torch 2.11"]),
     ("## Reliability", "## The miniature", reliability_claims, []),
     ("## The miniature", "## How to remake", training_claims, ["9.0 million", "Diffusion 1.5"])])
 def test_the_text_states_the_numbers_of_the_result_files(begin, end, expected, others):
@@ -323,10 +397,9 @@ def test_training_times_follow_from_the_measured_updates():
     """README's hours for the default schedule on SD 1.5, from RESULTS.md's and the CPU's times."""
     import train
 
-    milliseconds = {guide: {} for guide in ("tiny", "full")}
-    for name, key in (("stage one, ms", "one"), ("halving, ms", "halving")):
-        tiny, full = re.search(rf"\| {name} \| ([\d.]+) \| ([\d.]+) \|", RESULTS).groups()
-        milliseconds["tiny"][key], milliseconds["full"][key] = float(tiny), float(full)
+    updates = {"one": "stage-one update", "halving": "halving update"}
+    milliseconds = {guide: {key: gpu_rows()[f"{guide} {name}", 64, 8]["ms"]
+                            for key, name in updates.items()} for guide in ("tiny", "full")}
     batch, schedule = train.Config.batch, {}
     for guide, of_8 in milliseconds.items():
         config = train.DEFAULTS["sd", guide]
