@@ -179,9 +179,9 @@ class TinyGuide(nn.Module):
         self.theta_z2 = nn.Linear(base.context_dim, width, bias=False)
         self.theta_z3 = nn.ModuleList(
             nn.Linear(width, channels, bias=False) for channels in injection_channels(base))
-        # The paper starts every Z at 0. If Θ_z1 and Θ_z2 did, all C channels would be the same
-        # number with the same gradient for ever: a guide of width 1. One zero layer is enough to
-        # make a fresh guide change nothing.
+        # The paper starts every Z at 0. If Θ_z1 and Θ_z2 did, all channels of a query's share would
+        # be the same number with the same gradient for ever: a guide only as wide as it has
+        # queries. One zero layer is enough to make a fresh guide change nothing.
         for layer in self.theta_z3:
             nn.init.zeros_(layer.weight)
         self.query = nn.Parameter(torch.empty(config.queries, base.context_dim))

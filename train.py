@@ -527,9 +527,10 @@ class Trainer:
                "g": self.draw_g(n, generator),
                "row": torch.randint(len(self.data), (n,), generator=generator)}
         old = self.rollout or new
-        arrived = {d: (old["t"] < 0).to(d) for d in {v.device for v in old.values()}}
-        self.rollout = {k: torch.where(arrived[v.device].view(-1, *[1] * (v.ndim - 1)), new[k], v)
-                        for k, v in old.items()}
+        arrived = old["t"] < 0
+        self.rollout = {k: torch.where(arrived, new[k], old[k]) for k in ("t", "g", "row")}
+        arrived = self.to_device(arrived).view(-1, 1, 1, 1)
+        self.rollout["z"] = torch.where(arrived, new["z"], old["z"])
 
     def advance_rollout(self, stage: Stage, target: Tensor, generator: torch.Generator) -> None:
         """Takes the teacher's next step, with the prediction that the loss needed anyway."""
@@ -643,19 +644,17 @@ class Trainer:
         if skipped := self.data.skipped_summary():
             tqdm.write(f"images{skipped}")
 
+    @rank_zero_only
     def save(self, keep: int | None = None) -> None:
         """The whole state as a checkpoint; keep: how many stay, 0 all, default --keep."""
-        self._save(self.config.keep if keep is None else keep)
-
-    @rank_zero_only
-    def _save(self, keep: int) -> None:
         tensors = {f"rollout.{k}": v for k, v in self.rollout.items()}
         for prefix, guide in (("guide.", self.guide), ("teacher.", self.teacher)):
             tensors |= {prefix + k: v for k, v in guide.state_dict().items()}
         state = {"stage": self.stage, "update": self.update, "recent": self.recent,
                  "base_hash": self.base_hash, "config": asdict(self.config),
                  "data": self.data.identity, "init": self.init_info}
-        self.folder.save(tensors | optimizer_tensors(self.optimizer), state, keep)
+        self.folder.save(tensors | optimizer_tensors(self.optimizer), state,
+                         self.config.keep if keep is None else keep)
 
     def load(self) -> None:
         """Goes on from the last checkpoint that is whole."""

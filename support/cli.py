@@ -64,9 +64,11 @@ def _check_bound(f, value) -> None:
     # Written so that a NaN, which compares False with everything, is refused.
     fits = ((low is None or value >= low) and (high is None or value <= high)
             and (above is None or value > above) and (below is None or value < below))
-    start = f"from {low}" if low is not None else f"above {above}" if above is not None else ""
-    end = f"to {high}" if high is not None else f"below {below}" if below is not None else ""
-    require((not fits, f"{flag_of(f.name)} {value}: must be {start} {end}".rstrip()))
+    words = {"at least": low, "above": above, "at most": high, "below": below}
+    wanted = " and ".join(f"{word} {bound}" for word, bound in words.items() if bound is not None)
+    if low is not None and high is not None:
+        wanted = f"from {low} to {high}"
+    require((not fits, f"{flag_of(f.name)} {value}: must be {wanted}"))
 
 
 class Parser(argparse.ArgumentParser):

@@ -104,9 +104,9 @@ def broadcast(value):
 def rank_zero_only(function: Callable) -> Callable:
     """Has the first process alone call the function, while the others wait."""
     @functools.wraps(function)
-    def alone(*args) -> None:
+    def alone(*args, **options) -> None:
         if rank() == 0:
-            function(*args)
+            function(*args, **options)
         barrier()
     return alone
 

@@ -120,8 +120,8 @@ def test_bounds(field, good, bad):
 @pytest.mark.parametrize("argv, message", [
     (["--steps", "0"], "--steps 0: must be from 1 to 1000"),
     (["--steps", "9" * 30], f"--steps {'9' * 30}: must be from 1 to 1000"),
-    (["--rate", "nan"], "--rate nan: must be above 0 below 1"),
-    (["--scale", "-1"], "--scale -1.0: must be from 0"),
+    (["--rate", "nan"], "--rate nan: must be above 0 and below 1"),
+    (["--scale", "-1"], "--scale -1.0: must be at least 0"),
     (["--batch", "4", "65"], "--batch 65: must be from 1 to 64"),
     (["--g", "nan", "1"], "--g nan: must be from -10 to 10")])
 def test_a_number_out_of_bounds_is_one_sentence(capsys, argv, message):
