@@ -209,10 +209,14 @@ def test_ctrl_c_while_data_is_prepared_is_one_sentence_and_can_be_repeated(
                  *["--cache", "cache"] * cache)
     where = "encode_shard" if cache else "_fill_index"
     kind = train.CachedImages if cache else train.CaptionedImages
-    with monkeypatch.context() as patch:
-        patch.setattr(kind, where, lambda *_: os.kill(os.getpid(), signal.SIGINT))
-        with pytest.raises(SystemExit) as stopped:
+    # What was started in the background ignores Ctrl-C; this must hold for a suite that was, too.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with monkeypatch.context() as patch, pytest.raises(SystemExit) as stopped:
+            patch.setattr(kind, where, lambda *_: os.kill(os.getpid(), signal.SIGINT))
             train.main(argv)
+    finally:
+        signal.signal(signal.SIGINT, before)
     printed = capsys.readouterr().err
     assert stopped.value.code == 130 and "Traceback" not in printed
     assert printed.splitlines()[-1].startswith("train.py: stopped; go on with: python train.py")
