@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import field, fields
 from typing import TypeVar
 
@@ -35,13 +35,16 @@ def one_line(text: str) -> str:
     return BREAKS.sub(" ", text)
 
 
-def option(default, help: str, *, low=None, high=None, above=None, below=None, **flag):
+def option(default, help: str, *, group: str = "", low=None, high=None, above=None, below=None,
+           **flag):
     """A field of a configuration: its default, help text, bounds, and argparse's keywords.
 
+    group is the heading that --help lists it under; the fields after it share it until the next.
     low and high are allowed values, above and below are not.
     """
     bounds = {"low": low, "high": high, "above": above, "below": below}
-    return field(default=default, metadata={"flag": {"help": help, **flag}, "bounds": bounds})
+    return field(default=default,
+                 metadata={"flag": {"help": help, **flag}, "bounds": bounds, "group": group})
 
 
 def flag_of(name: str) -> str:
@@ -79,18 +82,24 @@ class Parser(argparse.ArgumentParser):
 
 
 def parse(kind: type[Config], prog: str, description: str, argv: list[str] | None = None,
-          positional: tuple[str, ...] = ()) -> Config:
+          positional: tuple[str, ...] = (), unused: Collection[str] = ()) -> Config:
     """The configuration of class `kind` that a command line gives; one flag a field.
 
     A field with a tuple for its default takes several values, and may be given again where that
-    default is empty. Fields named in `positional` come without a flag, before the others. Raises
-    BadInput where a number is out of its bounds.
+    default is empty. Fields named in `positional` come without a flag, before the others; those in
+    `unused` have no flag and keep their defaults. Raises BadInput where a number is out of its
+    bounds.
     """
     escape_unprintable_output()
     parser = Parser(prog=prog, description=description, allow_abbrev=False)
+    group = parser
     for f in fields(kind):
-        _add_flag(parser, f, positional)
+        if f.metadata["group"]:
+            group = parser.add_argument_group(f.metadata["group"])
+        if f.name not in unused:
+            _add_flag(group, f, positional)
     given = vars(parser.parse_intermixed_args(argv))
+    given = {f.name: f.default for f in fields(kind) if f.name in unused} | given
     given = {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}
     for f in fields(kind):                                   # argparse makes a list of --seed=--
         if isinstance(given[f.name], tuple) and not isinstance(f.default, tuple):
@@ -103,7 +112,7 @@ def parse(kind: type[Config], prog: str, description: str, argv: list[str] | Non
     return config
 
 
-def _add_flag(parser: Parser, f, positional: tuple[str, ...]) -> None:
+def _add_flag(parser: argparse._ActionsContainer, f, positional: tuple[str, ...]) -> None:
     more = dict(f.metadata["flag"])
     if f.name in positional:
         parser.add_argument(f.name, **({"nargs": "*"} if f.default == () else {}), **more)
