@@ -160,11 +160,6 @@ class Tokenizer:
         return torch.tensor(rows, dtype=torch.int64).reshape(-1, LENGTH)      # (B, L)
 
 
-def embed_text(encoder: TextEncoder, tokenizer: Tokenizer, texts: str | list[str]) -> Tensor:
-    """The paper's c: the states (B, 77, D) of B texts, in the encoder's dtype, on its device."""
-    return encoder(tokenizer(texts).to(encoder.final_layer_norm.weight.device))
-
-
 def _tokens(text: str) -> Iterator[int]:
     """The ids of a text, one by one, so that what is cut off is never computed."""
     special, piece = _patterns()

@@ -8,8 +8,19 @@ makes it again.
 
 from __future__ import annotations
 
+import os
+import signal
+
+if __name__ == "__main__":
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")     # else idle threads keep cores busy
+    # Ctrl-C during the imports below ends this silently.
+    on_interrupt = signal.getsignal(signal.SIGINT)
+    if on_interrupt is signal.default_int_handler:                      # and is not ignored
+        signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+
 import json
 import re
+import shlex
 import sys
 import time
 from collections.abc import Callable, Iterable
@@ -22,69 +33,67 @@ from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 
+import mini
 import ppdd
 from support import distributed, guides, images
 from support.base import Base, base_sha256, describe_base, find_weights, load_base, merge_loras
-from support.captions import read_prompts
+from support.captions import notes_on, read_prompts
 from support.capture import captured
 from support.cli import BadInput, one_line, option, parse, require, run_command
 from support.fast import compile_step, predict_step, prepack
 from support.fast import sample as fast_sample
-from support.files import expand, writable_folder
+from support.files import check_readable, expand, writable_folder
 from support.lora import parse_lora
-from support.machine import DTYPES, auto_dtype, find_device, hardware
+from support.machine import DTYPES, auto_dtype, find_device, hardware, resolve_dtype
 
 
 @dataclass(frozen=True)
 class Config:
     """Settings of a run. The command line is generated from them, and every image holds them."""
 
-    steps: int = option(8, "sampling steps", low=1, high=ppdd.TIMESTEPS)
+    prompt: tuple[str, ...] = option((), "one or several prompts; default: a few examples",
+                                     group="what to draw")
+    prompts: str = option("", "a file of prompts: a text with one a line, COCO's captions .json, "
+                              "or a .csv or .tsv with a column caption, text or prompt")
+    negative: str = option("", "a negative prompt in place of the empty one, with --guide cfg")
+    n: int = option(1, "images a prompt", low=1, high=10_000)
+    seed: int = option(0, "seed of the first image; each further image has the next",
+                       low=0, high=2**53 - 1)
+    size: str = option("", "one side or WIDTHxHEIGHT; default: 512, the miniature's 64")
+
+    steps: int = option(8, "sampling steps", low=1, high=ppdd.TIMESTEPS, group="base and guide")
     g: float = option(8.0, "guidance number of Eq. 3: 0 is no guidance, 8 is strong; the guidance "
                            "scale elsewhere is 1 + g", low=-1000, high=1000)
     guide: str = option("tiny", "tiny or full: the guide distilled for about so many steps; cfg: "
                                 "two passes a step; none; or the path of a guide")
-    prompt: tuple[str, ...] = option((), "one or several prompts; default: a few examples")
-    prompts: str = option("", "a file of prompts: a text with one a line, COCO's captions .json, "
-                              "or a .csv or .tsv with a column caption, text or prompt")
-    negative: str = option("", "a negative prompt in place of the empty one, with --guide cfg")
-    seed: int = option(0, "seed of the first image; each further image has the next",
-                       low=0, high=2**53 - 1)
-    n: int = option(1, "images a prompt", low=1, high=10_000)
-    size: str = option("", "one side or WIDTHxHEIGHT; default: 512, the miniature's 64")
+    guides: str = option("", "folder to search for guides before guides/ and mini/guides/")
     sampler: str = option("ddim", "ddim or plms", choices=tuple(ppdd.SAMPLERS))
     weights: str = option("", "Stable Diffusion 1.5: a file or a folder; default: ./weights and "
                               "the Hugging Face cache are searched, else the miniature is used")
+    vae: str = option("", "a VAE in place of the checkpoint's: a file, a folder, or a checkpoint")
     lora: tuple[str, ...] = option((), "LoRA files to merge into the base: FILE or FILE:scale")
-    guides: str = option("", "folder to search for guides before guides/ and mini/guides/")
-    device: str = option("", "cuda or cpu; default: cuda where there is one")
-    dtype: str = option("auto", "auto: bf16 on CUDA, fp16 on GPUs older than Ampere, else fp32",
-                        choices=("auto", *DTYPES))
-    batch: int = option(8, "images sampled together", low=1, high=1024)
-    out: str = option("out", "folder of the images; nothing in it is overwritten")
-    compile: bool = option(False, "compile the step and the decoder: slow to start, then faster; "
-                                  "needs a C++ compiler")
+
+    out: str = option("out", "folder of the images; nothing in it is overwritten", group="output")
+    compare: bool = option(False, "one sheet of no guidance, CFG, full guide and tiny guide")
     export: str = option("", "folder to write the full guide to, as a ControlNet for other tools; "
                              "samples nothing")
     about: str = option("", "a guide file: prints its metadata; samples nothing")
-    compare: bool = option(False, "one sheet of no guidance, CFG, full guide and tiny guide")
+
+    device: str = option("", "cuda or cpu; default: cuda where there is one", group="machine")
+    dtype: str = option("auto", "auto: bf16 on CUDA, fp16 on GPUs older than Ampere, else fp32",
+                        choices=("auto", *DTYPES))
+    batch: int = option(8, "images sampled together", low=1, high=1024)
+    compile: bool = option(False, "compile the step and the decoder: slow to start, then faster; "
+                                  "needs a C++ compiler")
 
 
 METHODS = {"none": "no guidance", "cfg": "CFG", "full": "full guide", "tiny": "tiny guide"}
 KEPT = "the images of finished batches are kept"
 MAX_ON_SHEET = 64               # images on a contact sheet
 MAX_ROWS = 32                   # rows of a comparison
+EXAMPLE_ROWS = 5                # of the examples below, where no prompt is given
+MAX_NAMED = 16                  # paths on the screen
 
-MINI_PROMPTS = (
-    "a big red boat on the sea at sunset, in the middle",
-    "a small white house in the snow at night, on the left",
-    "a big green cactus in the desert at noon, on the right",
-    "in the morning, a large orange balloon in a meadow, in the center",
-    "under the stars, a huge purple rocket among the dunes, in the middle",
-    "a postcard of a little blue car in the city, on the left, in the evening sun",
-    "on the right, a big pink mushroom on the grass in bright daylight",
-    "a tiny yellow tree on a snowy plain at dawn, to the left",
-)
 SD_PROMPTS = (
     "a photograph of an astronaut riding a horse",
     "a lighthouse on a cliff at sunset, oil painting, thick brush strokes",
@@ -115,18 +124,23 @@ def run(config: Config) -> None:
     """All that the command does. Raises BadInput or OSError with one sentence."""
     if config.about:
         return print(metadata(expand(config.about)))
-    config = resolve_defaults(config)
+    given, config = config, resolve_defaults(config)
     check(config)
+    if config.guide != given.guide:
+        warn("g = 0 is no guidance: sampling without the guide")
     out = writable_folder(config.export or config.out)
     with distributed.init_distributed(config.device, advice=f"; {KEPT}") as device:
         path = find_weights(config.weights)
-        base = load_base(path, DTYPES[config.dtype], device)
+        base = load_base(path, resolve_dtype(config.dtype, device), device, config.vae)
         loras = merge_loras(base, config.lora)
         config = resolve_for_base(config, base)
-        distributed.print_once(describe_base(path, config.weights), *loras,
+        texts = (*config.prompt, config.negative) if config.negative else config.prompt
+        distributed.print_once(describe_base(path, config.weights, config.vae), *loras,
                                f"g = {config.g:g} (guidance scale {1 + config.g:g} elsewhere)")
         if config.export:
             return export(config, base, out)
+        distributed.print_once(*notes_on(texts, base.tokenizer),
+                               *(mini.notes_on(texts) if base.is_miniature else ()))
         if config.compile:                           # packed convolutions can't be compiled
             distributed.print_once("compiling: the first batch may wait for a minute or two")
             base.vae.decode = compile_step(base.vae.decode)
@@ -150,17 +164,22 @@ def write_images(config: Config, base: Base, shots: list[Shot], out: Path) -> No
             made = sample_images(config, base, method, batch, bar.update)
             for shot, path, image in zip(batch, files, made):
                 again = replace(config, prompt=(shot.prompt,), seed=shot.seed, n=1)
-                images.save_png(path, image, ppdd=as_json(again), parameters=parameters(
-                    config, base, method.name, shot, sha256.result()))
+                save(path, image, again, base, method.name, shot, sha256.result())
     distributed.barrier()                        # the sheet shows the other processes' images too
     if distributed.rank() > 0:
         return
-    sheet = images.contact_sheet([Image.open(path) for path in paths[:MAX_ON_SHEET]])
+    sheet = images.contact_sheet([Image.open(path) for path in paths[:MAX_ON_SHEET]],
+                                 [shot.prompt for shot in shots[:MAX_ON_SHEET]])
     grid = images.free_name(out, "grid")
-    images.save_png(grid, sheet, sheet="grid", ppdd=as_json(config), parameters=parameters(
-        config, base, method.name, shots[0], sha256.result()))
+    save(grid, sheet, config, base, method.name, shots[0], sha256.result(), sheet="grid")
+    more = [f"and {len(paths) - MAX_NAMED:,} more"] if len(paths) > MAX_NAMED else []
+    print(*paths[:MAX_NAMED], *more, sep="\n")
     shown = f"the first {MAX_ON_SHEET}" if len(shots) > MAX_ON_SHEET else "all"
     print(f"{len(shots)} × PNG in {out}, {shown} on {grid}: {time.perf_counter() - start:.1f} s")
+
+
+def warn(*lines: str) -> None:
+    distributed.print_once(*(f"warning: {line}" for line in lines), file=sys.stderr)
 
 
 def sample_images(config: Config, base: Base, method: Method, shots: list[Shot],
@@ -195,18 +214,18 @@ def progress_bar(config: Config, shots: list[Shot], methods: int = 1) -> tqdm:
     return tqdm(disable=distributed.rank() > 0, total=total, unit="prediction")
 
 
-def as_json(config: Config) -> str:
-    return json.dumps(asdict(config))
-
-
-def parameters(config: Config, base: Base, guide: str, shot: Shot, sha256: str) -> str:
-    """An image's settings for other programs; the `Config` beside them holds the prompt as is."""
+def save(path: Path, image: Image.Image, config: Config, base: Base, guide: str, shot: Shot,
+         sha256: str, **text_chunks: str) -> None:
+    """A PNG with its `Config`, which holds the prompt as is, and settings for other programs."""
     loras = ", ".join(f"{path.stem}:{scale:g}" for path, scale in base.loras)
-    return images.parameters_text(
+    parameters = images.parameters_text(
         shot.prompt, config.negative, Steps=config.steps, Sampler=config.sampler.upper(),
         CFG_scale=f"{1 + config.g:g}", Seed=shot.seed, Size=config.size, Model_hash=sha256[:10],
-        Model=base.name, **({"LoRA": loras} if loras else {}), Guide=guide, g=f"{config.g:g}",
+        Model=base.name, **({"LoRA": loras} if loras else {}),
+        **({"VAE": base.vae_path.name} if base.vae_path else {}), Guide=guide, g=f"{config.g:g}",
         Version="ppdd")
+    images.save_png(path, image, ppdd=json.dumps(asdict(config)), parameters=parameters,
+                    **text_chunks)
 
 
 # ------------------------------------------------------------------------------- settings
@@ -218,22 +237,30 @@ def resolve_defaults(config: Config) -> Config:
     device = find_device(config.device)
     dtype = auto_dtype(device) if config.dtype == "auto" else config.dtype
     read = read_prompts(config.prompts) if config.prompts else ()
-    g = 0.0 if config.guide == "none" and not config.compare else config.g
+    guide, g = config.guide, config.g
+    if not (config.compare or config.export):
+        guide = "none" if g == 0 and guide != "cfg" else guide
+        g = 0.0 if guide == "none" else g
     return replace(config, prompt=(*config.prompt, *read), prompts="", device=device, dtype=dtype,
-                   g=g)
+                   guide=guide, g=g)
 
 
 def check(config: Config) -> None:
     """Raises BadInput for settings that can work with no base, before anything is loaded."""
     text = "".join((config.negative, *config.prompt))
     path = None if config.guide in METHODS else expand(config.guide)
+    if config.guides:
+        check_readable(expand(config.guides))
     require(
         (path and path.suffix != ".safetensors", f"--guide {config.guide}: tiny, full, cfg, none "
          "or the path of a .safetensors guide"),
         (config.negative and (config.guide != "cfg" or config.compare), "--negative is for "
          "--guide cfg: a guide learns its negative prompt in training, from train.py --uncond"),
         (config.guides and not expand(config.guides).is_dir(),
-         f"--guides {config.guides}: there is no such folder"),
+         f"--guides {config.guides}: a file, not a folder"),
+        (config.compare and config.export, "--export samples nothing: leave out --compare"),
+        (config.compare and config.g == 0, "--compare: g = 0 is no guidance, and all columns would "
+         "be the same"),
         ((config.compare or config.export) and distributed.world_size() > 1,
          "torchrun shares images between processes: run --compare and --export without it"),
         (config.compare and config.compile,
@@ -257,12 +284,19 @@ def sides(size: str) -> tuple[int, int]:
 
 def resolve_for_base(config: Config, base: Base) -> Config:
     """The configuration with the base's own prompts and size where none were given."""
-    width, height = sides(config.size or ("64" if base.is_miniature else "512"))
+    own = 64 if base.is_miniature else 512
+    width, height = sides(config.size or f"{own}")
     unit = 8 * 2 ** (len(base.unet.config.channel_mult) - 1)
     if any(side % unit or not unit <= side <= 4096 for side in (width, height)):
         raise BadInput(f"--size {config.size}: sides are multiples of {unit} with {base.name}, "
                        "and at most 4096")
-    examples = MINI_PROMPTS if base.is_miniature else SD_PROMPTS
+    far = not all(2 / 3 <= side / own <= 1.5 for side in (width, height))
+    if far and not config.export:
+        warn(f"--size {config.size}: the base was trained on images of {own} pixels, and is poor "
+             "far from that")
+    examples = mini.EXAMPLES if base.is_miniature else SD_PROMPTS
+    if config.compare:
+        examples = examples[:EXAMPLE_ROWS]
     return replace(config, prompt=config.prompt or examples, size=f"{width}x{height}")
 
 
@@ -278,18 +312,24 @@ def find_method(config: Config, base: Base, guide: str) -> Method:
         path = guides.find_guide(base, guide, config.steps, config.guides)
     if path is None:
         raise BadInput(f"there is no {guide} guide for {base.name}: train one with "
-                       f"`python train.py --guide {guide}`, or use --guide cfg, or the "
+                       f"`{training_command(config, base, guide)}`, or use --guide cfg, or the "
                        "miniature with its guides: --weights mini")
     file = guides.read_guide(path)
     module = guides.load_guide(path, base.unet.config, DTYPES[config.dtype], base.device)
     if not (config.compile or config.export):
         prepack(module)
     distributed.print_once(guides.describe_guide(path, file.about, base))
-    low, high = file.about.get("g_range") or (config.g, config.g)
-    if not low <= config.g <= high:
-        distributed.print_once(f"warning: {path.stem} was trained for g from {low:g} to {high:g}",
-                               file=sys.stderr)
+    if not config.export:
+        warn(*guides.doubts_about(path, file, config.g, config.steps, config.sampler))
     return Method(path.stem, file.config.kind, module, step)
+
+
+def training_command(config: Config, base: Base, kind: str) -> str:
+    """The command that trains a guide for the base in use."""
+    flags = {"--guide": kind, "--weights": config.weights, "--vae": config.vae,
+             "--data": "" if base.is_miniature else "FOLDER"}
+    given = [word for flag, value in flags.items() if value for word in (flag, value)]
+    return shlex.join(["python", "train.py", *given])
 
 
 def metadata(path: Path) -> str:
@@ -317,6 +357,9 @@ def compare(config: Config, base: Base, shots: list[Shot], out: Path) -> None:
     """One sheet: a row a shot, a column a method, the same noise along a row."""
     require((len(shots) > MAX_ROWS,
              f"--compare has room for {MAX_ROWS} rows, and these are {len(shots)}"))
+    if config.guide in METHODS and config.guide != Config.guide:
+        warn(f"--guide {config.guide} is ignored: --compare shows all four, and adds a guide that "
+             "is given by its path")
     methods = {}
     for guide in dict.fromkeys((*METHODS, config.guide)):
         try:
@@ -328,18 +371,16 @@ def compare(config: Config, base: Base, shots: list[Shot], out: Path) -> None:
         for label, method in methods.items():
             times[label], column = measure(config, base, method, shots, bar.update)
             columns.append(column)
-    headings = [f"{label}\n{passes(config, method)}\n{times[label]:,.0f} ms"
+    headings = [f"{label}\n{passes(config, method)}\n{times[label]:,.0f} ms an image"
                 for label, method in methods.items()]
     note = (f"{config.steps} steps of {config.sampler.upper()}, g = {config.g:g}, the same noise "
-            "along a row; milliseconds an image, from prompt to pixels, in batches of "
+            "along a row; times are from prompt to pixels, in batches of "
             f"{min(config.batch, len(shots))}: {hardware(config.device)}, {config.dtype}")
     sheet = images.labelled_grid(headings, [one_line(shot.prompt) for shot in shots],
                                  list(zip(*columns)), note, side=256)
     path = images.free_name(out, "compare")
-    images.save_png(path, sheet, sheet="compare", ppdd=as_json(config), note=note,
-                    milliseconds=json.dumps(times), parameters=parameters(
-                        config, base, f"{', '.join(times)} side by side", shots[0],
-                        base_sha256(base.path)))
+    save(path, sheet, config, base, f"{', '.join(times)} side by side", shots[0],
+         base_sha256(base.path), sheet="compare", note=note, milliseconds=json.dumps(times))
     print(f"{note}\n{path}: " + ", ".join(f"{label} {ms:,.1f} ms" for label, ms in times.items()))
 
 
@@ -371,4 +412,5 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, on_interrupt)
     main()

@@ -8,13 +8,15 @@ import numpy as np
 from torch import Tensor
 from tqdm import tqdm
 
+from clip_text import Tokenizer
 from evaluation.features import VIT_G, Clip, load_clip
 from evaluation.folders import has_miniature_size, image_files, images_in, read_image
 from evaluation.report import result_file, write_result
-from support.captions import read_prompts
-from support.cli import BadInput, require
+from support.captions import notes_on, read_examples, read_prompts
+from support.cli import require
+from support.distributed import print_once
 from support.files import expand
-from support.images import prompt_in_png
+from support.images import prompt_in_image, prompt_of
 from support.machine import provenance
 
 
@@ -24,10 +26,11 @@ def clip_cosines(clip: Clip, images: Tensor, texts: list[str]) -> Tensor:
 
 
 def clip_score(config) -> None:
-    """`clip DIR --prompts FILE`: 100 × the mean cosine; prompt k belongs to the k-th image."""
-    require((len(config.paths) != 1, "clip takes one folder of images, and --prompts FILE"))
+    """`clip DIR`: 100 × the mean cosine between each image and its prompt."""
+    require((len(config.paths) != 1, "clip takes one folder of images"))
     folder = expand(config.paths[0])
-    prompts = image_prompts(config, image_files(folder))
+    prompts = prompts_of_file(config, folder) if config.prompts else prompts_of_images(folder)
+    print_once(*notes_on(list(prompts.values()), Tokenizer()))
     name = config.clip_model or ("mini" if has_miniature_size(folder) else VIT_G)
     clip = load_clip(name, config.device)
     cosines: list[float] = []
@@ -45,22 +48,37 @@ def clip_score(config) -> None:
         "network": clip.protocol} | provenance(config))
 
 
-def image_prompts(config, files: list[Path]) -> dict[Path, str]:
-    """Each image's prompt: from --prompts, else from the PNG itself, where sample.py wrote it.
+def prompts_of_file(config, folder: Path) -> dict[Path, str]:
+    """Each image's prompt from --prompts, in the images' natural order: 9.png before 10.png.
 
-    Raises BadInput where an image has none, or the file of prompts has more or fewer than there
-    are images.
+    Raises BadInput where the file has more or fewer than there are images.
     """
-    if not config.prompts:
-        prompts = {path: prompt_in_png(path) for path in files}
-        # A file that can't be read at all is reported with the others of its kind, later.
-        without = next((path for path, prompt in prompts.items()
-                        if not prompt and read_image(path) is not None), None)
-        if without:
-            raise BadInput(f"{without} does not say its prompt: pass --prompts FILE, one a line")
-        return prompts
+    files = image_files(folder)
     prompts = read_prompts(config.prompts, 0, config.seed)
-    if len(prompts) != len(files):
-        raise BadInput(f"--prompts {config.prompts} has {len(prompts)} prompts, and there are "
-                       f"{len(files)} images: prompt k belongs to the k-th image")
+    require((len(prompts) != len(files),
+             f"--prompts {config.prompts} has {len(prompts)} prompts, and there are {len(files)} "
+             "images: prompt k belongs to the k-th image"))
     return dict(zip(files, prompts))
+
+
+def prompts_of_images(folder: Path) -> dict[Path, str]:
+    """Each image's prompt: the caption that train.py would read with it, else its own.
+
+    Captions are in .txt files beside the images, or in a metadata file; images say their prompt
+    where sample.py or a web interface wrote them. Raises BadInput where one has neither.
+    """
+    captions: dict[Path, str] = {}
+    for example in read_examples([str(folder)], lambda *_: None):
+        text = example.caption          # web interfaces can save their settings as a .txt, too
+        text = prompt_of(text) if "\nSteps: " in text else text
+        captions.setdefault(Path(example.file), text)
+    prompts = {path: captions.get(path) or prompt_in_image(path) for path in image_files(folder)}
+    # A file that can't be read at all is reported with the others of its kind, later.
+    without = next((path for path, prompt in prompts.items()
+                    if not prompt and read_image(path) is not None), None)
+    require((without, f"{without} does not say its prompt: write {without and without.stem}.txt "
+                      "beside it, or pass --prompts FILE, one a line"))
+    beside = sum(bool(captions.get(path)) for path in prompts)
+    print(f"prompts: {beside} from captions beside the images, {len(prompts) - beside} from the "
+          "images themselves")
+    return prompts

@@ -170,8 +170,8 @@ def table1(config) -> None:
         "GMACs once per image": {name: costs[name].total / 1e9 for name in
                                  ("VAE decoder", "text encoder", "hint encoder")},
     }
-    write_result(result_file(config), result | provenance(config))
     print(table1_page(result))
+    write_result(result_file(config), result | provenance(config))
 
 
 def _rows(nets: Networks, costs: dict[str, Macs], with_paper: bool) -> list[dict]:

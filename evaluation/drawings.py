@@ -10,10 +10,11 @@ from torch import Tensor
 
 import ppdd
 from evaluation.figures import prepare
+from evaluation.report import image_file
 from evaluation.sampling import WITHOUT_GUIDE, Row, guide_row
 from support import fast
 from support.base import Base
-from support.files import atomic_write, expand
+from support.files import atomic_write
 from support.images import labelled_grid, to_image
 
 FROZEN = {"facecolor": "#dbe4ef", "edgecolor": "#71869e"}
@@ -28,10 +29,10 @@ HEIGHTS = [side for side in (78, 60, 42, 26) for _ in range(3)]      # 12 blocks
 # ------------------------------------------------------------------------------- the method
 
 def method(config) -> None:
-    """`eval.py method`: the drawing of the method, docs/method.png."""
-    path = expand(config.out or "docs/method.png")
+    """`eval.py method`: the drawing of the method."""
+    path = image_file(config)
     draw_method(path)
-    print(path)
+    print(f"written to {path}")
 
 
 def draw_method(path: Path) -> None:
@@ -231,13 +232,13 @@ def _arrow(axes, start: tuple, end: tuple, color: str = INK, width: float = 1.2)
 # ------------------------------------------------------------------------------- the steps
 
 def animation(config) -> None:
-    """`eval.py animation`: eight steps of CFG and of the tiny guide, docs/steps.webp."""
-    path = expand(config.out or "docs/steps.webp")
+    """`eval.py animation`: eight steps of CFG and of the tiny guide, steps.webp."""
+    path = image_file(config, "steps.webp")
     config, base, prompts, side = prepare(config)
     rows = [next(row for row in WITHOUT_GUIDE if row.name == "cfg-8"),
             guide_row(config, base, "tiny-8")]
     draw_animation(path, base, rows, prompts[:4], config.g[-1], config.seed, side)
-    print(path)
+    print(f"written to {path}")
 
 
 def draw_animation(path: Path, base: Base, rows: list[Row], prompts: list[str], g: float,

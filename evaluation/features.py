@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import json
 import logging
+import os
+import sys
 import textwrap
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -252,6 +254,8 @@ def _load_open_clip(open_clip, spec: str) -> Clip:
         raise BadInput(f"--clip-model {spec}: there is no such file, nor such a tag of {name} "
                        f"({tags})")
     try:
+        if known and not _is_downloaded(known):
+            _announce_download(open_clip, name, weights)
         file = Path(open_clip.download_pretrained(known)) if known else file
         model, _, preprocess = open_clip.create_model_and_transforms(
             name, pretrained=weights if known else str(file), weights_only=True,
@@ -265,6 +269,27 @@ def _load_open_clip(open_clip, spec: str) -> Clip:
     used = {type(m).__name__ for m in model.modules()} & {"GELU", "QuickGELU"}
     clip.protocol["activation"] = " and ".join(sorted(used))
     return clip
+
+
+def _is_downloaded(known: dict) -> bool:
+    """Whether open_clip's weights are in the cache of the Hugging Face hub or in open_clip's."""
+    repository = "/".join(known.get("hf_hub", "").split("/")[:2])
+    home = os.environ.get("HF_HOME") or "~/.cache/huggingface"
+    hub = expand(os.environ.get("HF_HUB_CACHE") or f"{home}/hub")
+    snapshots = hub / f"models--{repository.replace('/', '--')}" / "snapshots"
+    url = Path(known.get("url") or "none")
+    weights = (file for file in snapshots.glob("*/*") if file.suffix in (".safetensors", ".bin"))
+    return any(weights) or (expand("~/.cache/clip") / url.name).is_file()
+
+
+def _announce_download(open_clip, name: str, weights: str) -> None:
+    """Says, before a download begins, what it takes and how to do without."""
+    with torch.device("meta"):          # shapes alone
+        model = open_clip.create_model(name, device="meta", pretrained_hf=False)
+    gigabytes = 4e-9 * sum(p.numel() for p in model.parameters())           # in float32
+    print(f"downloading CLIP {name}:{weights}, about {gigabytes:.1f} GB. Without it: --clip-model "
+          f"{name}:FILE for weights you have, --clip-model mini for the miniature's small CLIP, "
+          f"or for FID --inception {INCEPTION}", file=sys.stderr, flush=True)
 
 
 def _wants_quick_gelu(known: dict, weights: str, file: Path) -> bool:

@@ -15,11 +15,12 @@ from torch import Tensor, nn
 import ppdd
 from evaluation import sampling
 from evaluation.metrics import JUDGE_ACCURACY
-from evaluation.report import passes_text, result_file
+from evaluation.report import earlier_result, image_file, passes_text
 from evaluation.sampling import Row
+from support import fast
 from support.base import Base, find_weights
 from support.cli import BadInput, require
-from support.files import atomic_write, expand
+from support.files import atomic_write
 from support.images import labelled_grid, save_png, to_image
 from unet import injection_channels
 
@@ -56,10 +57,10 @@ def heading(row: Row) -> str:
 
 
 def save_figure(config, sheet: Image.Image) -> None:
-    """Writes a figure to --out, else docs/COMMAND.png, and says so."""
-    path = expand(config.out or f"docs/{config.command}.png")
+    """Writes a figure, and says where it is."""
+    path = image_file(config)
     save_png(path, sheet)
-    print(f"{path}: {sheet.width} × {sheet.height}")
+    print(f"written to {path}: {sheet.width} × {sheet.height}")
 
 
 # ------------------------------------------------------------------------------- images
@@ -76,7 +77,8 @@ def fig5(config) -> None:
 def fig6(config) -> None:
     """Fig. 6: the guides beside CFG, from the same noise."""
     def rows_of(config, base: Base) -> list[Row]:
-        return sampling.plugged_in_rows(replace(config, weights=str(base.path)), base)
+        rows = sampling.plugged_in_rows(replace(config, weights=str(base.path)), base)
+        return [row for row in rows if row.steps == sampling.STAGE_ONE]
 
     _figure_by_row(config, rows_of,
                    "CFG runs the UNet twice a step, with the prompt and without; a guide, told g, "
@@ -102,8 +104,8 @@ def fig8(config) -> None:
     lines = []
     for path in sampling.style_files(config):
         resolved, base, prompts, side = prepare(replace(config, weights=str(path)))
-        for row in sampling.plugged_in_rows(config, base):
-            if row.kind != "none":
+        for row in sampling.plugged_in_rows(config, base, sampling.GUIDES):
+            if row.only_g is None and (row.guide or row.steps == sampling.STAGE_ONE):
                 labels.append(f"{base.name}\n{heading(row)}")
                 lines.append(images_of(resolved, base, row, prompts, side))
     note = (f"g = {resolved.g[-1]:g}, DDIM, the same noise down a column. The guides were trained "
@@ -129,30 +131,38 @@ def fig7(config) -> None:
     save_figure(config, figure)
 
 
-def residual_maps(base: Base, row: Row, prompt: str, g: float, seed: int, side: int
-                  ) -> list[list[Tensor]]:
-    """What a full guide adds, mean over channels, (H, W): by step, then by injection point."""
+def residual_maps(base: Base, row: Row, prompts: list[str], g: float, seed: int, side: int,
+                  reduce: Callable[[Tensor], Tensor]) -> tuple[list[list[Tensor]], Tensor]:
+    """What a full guide adds, by step, then by injection point, and the images (B, 3, side, side).
+
+    reduce takes residuals (B, C, H, W) to maps (B, H, W).
+    """
     maps: list[list[Tensor]] = []
     control = row.guide.control
 
     def recording(*args) -> list[Tensor]:
         residuals = control(*args)
-        maps.append([residual[0].float().mean(0).cpu() for residual in residuals])
+        maps.append([reduce(residual.float()).cpu() for residual in residuals])
         return residuals
 
     row.guide.control = recording
     try:
-        sampling.generate(base, row, [prompt], g, [seed], side)
+        # Not as a CUDA graph, whose replays don't come by here.
+        images = sampling.generate(base, row, prompts, g, range(seed, seed + len(prompts)), side,
+                                   fast.predict_step)
     finally:
         del row.guide.control                   # the class's own shows again
-    return maps
+    return maps, images
 
 
 def full_guide_sheet(config, base: Base, row: Row, prompt: str, side: int) -> Image.Image:
     """Maps of a full guide's residuals: a line an injection point; columns are steps, by g."""
     times = ppdd.step_grid(row.steps)
     shown = [round(k * (row.steps - 1) / 5) for k in range(6)]
-    maps = {g: residual_maps(base, row, prompt, g, config.seed, side) for g in config.g}
+    maps = {}
+    for g in config.g:
+        steps, _ = residual_maps(base, row, [prompt], g, config.seed, side, lambda r: r.mean(1))
+        maps[g] = [[part[0] for part in points] for points in steps]
     latent = side // 8
     map_side = latent * math.ceil(72 / latent)       # a multiple of every map's side
     points = point_names(base)
@@ -225,7 +235,8 @@ def quality(config) -> None:
     except ImportError:
         raise BadInput("this chart needs a package that is missing: pip install matplotlib"
                        ) from None
-    name, base = _table2_base(result_file(replace(config, command="table2", out="")))
+    source = earlier_result(config, "table2")
+    name, base = _table2_base(source)
     rows = list(base["rows"].values())
     g = max((g for row in rows for g in row["cells"]), key=float)
     distance = base["measured by"]["distance"]
@@ -242,10 +253,10 @@ def quality(config) -> None:
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
     figure.suptitle(f"{name}, g = {g}: quality over time. Beside each point its number of steps; "
                     "bars: standard deviation over seeds", fontsize=10)
-    path = expand(config.out or f"docs/quality{'-quick' * config.quick}.png")
+    path = image_file(config)
     with atomic_write(path) as temporary:
         figure.savefig(temporary, format="png", dpi=130)
-    print(path)
+    print(f"written to {path}, from {source}")
 
 
 def _table2_base(file: Path) -> tuple[str, dict]:

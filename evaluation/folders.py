@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 from collections import deque
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from support.cli import BadInput
 from support.files import expand
+from support.images import to_rgb
 
 DECODERS = 4                    # threads: decoding a 512 × 512 PNG takes longer than its features
 BATCHES_AHEAD = 3               # decoded before they are asked for; more would only cost memory
@@ -27,19 +29,28 @@ def image_files(folder: str | Path) -> list[Path]:
     """The images below a folder, in natural order: "9.png" before "10.png".
 
     Contact sheets of sample.py are left out: they hold every image a second time. Raises BadInput
-    where there is no image.
+    where there is no image, and OSError for a folder that can't be listed.
     """
     folder = expand(folder)
-    if not folder.is_dir():
-        raise BadInput(f"{folder}: there is no such folder")
     readable = {suffix for suffix, kind in Image.registered_extensions().items()
                 if kind in Image.OPEN}
-    files = [path for path in folder.rglob("*")
+    files = [path for path in _files_below(folder)
              if path.suffix.lower() in readable and path.is_file()
              and not path.name.startswith(".") and not _is_contact_sheet(path)]
     if not files:
         raise BadInput(f"{folder}: there are no images in it")
     return sorted(files, key=lambda path: _natural_key(str(path.relative_to(folder))))
+
+
+def _files_below(folder: Path) -> Iterator[Path]:
+    def stop(error: OSError) -> None:
+        raise error
+
+    try:
+        for root, _, names in os.walk(folder, onerror=stop):
+            yield from (Path(root, name) for name in names)
+    except (FileNotFoundError, NotADirectoryError):
+        raise BadInput(f"{folder}: there is no such folder") from None
 
 
 def _natural_key(name: str) -> tuple:
@@ -60,10 +71,10 @@ def _is_contact_sheet(path: Path) -> bool:
 
 
 def read_image(path: Path) -> Tensor | None:
-    """(3, H, W) uint8, transparency dropped; None for a file that can't be read."""
+    """(3, H, W) uint8, as it is seen; None for a file that can't be read."""
     try:
         with Image.open(path) as image:
-            return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
+            return torch.from_numpy(np.array(to_rgb(image))).permute(2, 0, 1)
     except Exception:           # Pillow's decoders raise anything for a damaged file
         return None
 
@@ -106,11 +117,16 @@ def _decoded(files: list[Path], batch: int) -> Iterator[list[tuple[Path, Tensor 
 def _report_bad(bad: list[Path], total: int, skip_bad: bool, advice: str) -> None:
     if not bad:
         return
-    names = ", ".join(map(str, bad[:10])) + (", …" if len(bad) > 10 else "")
-    message = f"{len(bad)} of {total} images can't be read: {names}"
+    message = f"{len(bad)} of {total} images can't be read: {_names(bad)}"
     if not skip_bad or len(bad) == total:
         raise BadInput(f"{message}; {advice}")
     print(f"warning: {message}; left out", file=sys.stderr)
+
+
+def _names(files: list[Path]) -> str:
+    denied = " (permission denied)"
+    names = [f"{path}{'' if os.access(path, os.R_OK) else denied}" for path in files[:10]]
+    return ", ".join(names + ["…"] * (len(files) > 10))
 
 
 def has_miniature_size(folder: str | Path) -> bool:
@@ -121,5 +137,5 @@ def has_miniature_size(folder: str | Path) -> bool:
     files = image_files(folder)
     first = next((image for image in map(read_image, files) if image is not None), None)
     if first is None:
-        raise BadInput(f"{folder}: none of its {len(files)} images can be read")
+        raise BadInput(f"{folder}: none of its {len(files)} images can be read: {_names(files)}")
     return first.shape[1:] == (64, 64)

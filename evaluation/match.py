@@ -1,9 +1,10 @@
-"""How much of the CFG correction a guide explains, by g and by t: `eval.py match`.
+"""How much of the CFG correction a guide explains, and what it adds, by g and by t.
 
-The measure is ‖e − e_teacher‖² / ‖ε_c − e_teacher‖², as training reports it: 100 % is no guide at
-all, 0 % a perfect one.
+`eval.py match` measures ‖e − e_teacher‖² / ‖ε_c − e_teacher‖², as training reports it: 100 % is no
+guide at all, 0 % a perfect one. `eval.py features` measures what Section 5.4 of the paper says of
+the maps of Fig. 7: how strong they are, and how much of them lies on the edges of the image.
 
-Shapes: B images, Z latent channels, G guidance numbers, N steps of the grid.
+Shapes: B images, Z latent channels, G guidance numbers, N steps of the grid, P injection points.
 """
 
 from __future__ import annotations
@@ -11,11 +12,13 @@ from __future__ import annotations
 from itertools import pairwise
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
 import ppdd
 from evaluation import sampling
+from evaluation.figures import residual_maps, residual_norms
 from evaluation.report import markdown_table, protocol_list, result_file, write_result
 from evaluation.sampling import Prompts, Row
 from mini import postcards
@@ -29,11 +32,7 @@ SOURCES = ("noised real images", "CFG's own trajectories")
 
 def match(config) -> None:
     """`match`: the share of the CFG correction that each stage-one guide leaves unexplained."""
-    base = sampling.load(config, find_weights(config.weights))
-    config = sampling.resolve_defaults(config)
-    rows = [row for row in sampling.make_rows(config, base) if row.guide and row.stage_one]
-    sampling.require_guides(rows, base, "stage-one guide")
-    prompts = Prompts(config, base)
+    config, base, rows, prompts = _prepare(config)
     steps = 10 if config.quick else sampling.STAGE_ONE
     grid = ppdd.step_grid(steps)
     sums = torch.zeros(len(rows), len(SOURCES), len(config.g), BINS, 2, dtype=torch.float64)
@@ -47,6 +46,15 @@ def match(config) -> None:
             source: _shares(config.g, sums[r, j]) for j, source in enumerate(SOURCES)
             if prompts.own_captions or j} for r, row in enumerate(rows)}}
     write_result(result_file(config), result, match_page(result))
+
+
+def _prepare(config) -> tuple[object, Base, list[Row], Prompts]:
+    """Settings, the base, its stage-one guides and what it is asked for."""
+    base = sampling.load(config, find_weights(config.weights))
+    config = sampling.resolve_defaults(config)
+    rows = [row for row in sampling.make_rows(config, base) if row.guide and row.stage_one]
+    return (config, base, sampling.require_guides(rows, base, "stage-one guide"),
+            Prompts(config, base))
 
 
 def _protocol(config, base: Base, prompts: Prompts, steps: int) -> dict:
@@ -150,5 +158,90 @@ def match_page(result: dict) -> str:
         lines += ["", *markdown_table(["guide", "on", "all", *columns],
                                       ([name, source, share["all"], *share[by].values()]
                                        for name, source, share in shares))]
+    guides = [f"- {name}: {guide['guide']}" for name, guide in result["guides"].items()]
+    return "\n".join([*lines, "", *protocol_list(result["protocol"]), *guides]) + "\n"
+
+
+# ------------------------------------------------------------------------------- Section 5.4
+
+PARTS = 5                       # of the t of a run
+
+
+def features(config) -> None:
+    """`features`: the norm of what each stage-one guide adds, and its share on edges."""
+    config, base, rows, prompts = _prepare(config)
+    result = {"protocol": _protocol(config, base, prompts, sampling.STAGE_ONE), "guides": {}}
+    for row in tqdm(rows, desc="features", unit="guide"):
+        measure = full_features if row.kind == "full" else tiny_features
+        values = {f"{g:g}": measure(config, base, row, prompts, g) for g in config.g}
+        result["guides"][row.name] = {"guide": row.source} | {
+            name: {g: _parts(value[name]) for g, value in values.items()}
+            for name in ("norm", "on edges") if row.kind == "full" or name == "norm"}
+    write_result(result_file(config), result, features_page(result))
+
+
+@torch.no_grad()
+def tiny_features(config, base: Base, row: Row, prompts: Prompts, g: float) -> dict[str, Tensor]:
+    """The norm, as in `full_features`. A tiny guide adds the same everywhere: its share is 1."""
+    c = base.embed(prompts.of(config.seed)[0])
+    times = torch.tensor(ppdd.step_grid(row.steps)[:-1], device=c.device)
+    norms = torch.stack([residual_norms(row.guide, g, base.unet.embed_time(times), prompt)
+                         for prompt in c])                                         # (B, P, N)
+    return {"norm": norms.square().sum(1).sqrt().mean(0)}
+
+
+def full_features(config, base: Base, row: Row, prompts: Prompts, g: float) -> dict[str, Tensor]:
+    """What a full guide adds while it samples: its norm (N,), and its share on edges (N,).
+
+    The squared norm is the mean over positions of a residual's square, summed over channels and
+    injection points. The share is the mean square on the image's edges over that of all positions:
+    1 where edges get what they would by chance.
+    """
+    texts, _ = prompts.of(config.seed)
+    side, seed = sampling.image_side(config, base), prompts.first_noise(config.seed)
+    norms, shares = [], []
+    for start in range(0, len(texts), config.batch):
+        maps, images = residual_maps(base, row, texts[start:start + config.batch], g, seed + start,
+                                     side, lambda r: r.square().sum(1))
+        edges = [edge_mask(images, part.shape[1:]) for part in maps[0]]
+        everywhere = torch.stack([sum(part.mean((1, 2)) for part in step) for step in maps])
+        on_edges = torch.stack([sum((part * mask).sum((1, 2)) / mask.sum((1, 2))
+                                    for part, mask in zip(step, edges)) for step in maps])
+        norms.append(everywhere.sqrt())                                            # (N, B)
+        shares.append(on_edges / everywhere)
+    return {"norm": torch.cat(norms, 1).mean(1), "on edges": torch.cat(shares, 1).mean(1)}
+
+
+def edge_mask(images: Tensor, size: tuple[int, ...]) -> Tensor:
+    """Where images (B, 3, S, S) have the strongest Sobel gradients: a fifth of (B, H, W) cells."""
+    sobel = torch.tensor([[-1.0, 0, 1], [-2, 0, 2], [-1, 0, 1]])
+    grey = F.pad(images.float().mean(1, keepdim=True), (1, 1, 1, 1), "replicate")
+    gradient = F.conv2d(grey, torch.stack([sobel, sobel.T])[:, None]).norm(dim=1)  # (B, S, S)
+    cells = F.adaptive_avg_pool2d(gradient, size)
+    strongest = cells.flatten(1).topk(round(cells[0].numel() / 5)).indices
+    return torch.zeros_like(cells).flatten(1).scatter(1, strongest, 1).view_as(cells)
+
+
+def _parts(values: Tensor) -> dict[str, float]:
+    """The means of values (N,) of a run's steps over PARTS ranges of t, from noise to image."""
+    width = ppdd.TIMESTEPS // PARTS
+    return {f"{k * width}–{(k + 1) * width - 1}": round(part.mean().item(), 3)
+            for k, part in zip(reversed(range(PARTS)), values.tensor_split(PARTS))}
+
+
+def features_page(result: dict) -> str:
+    """A table of the norm, one of the share on edges, and the protocol, in Markdown."""
+    lines = ["# What the guides add to the decoder"]
+    for name, about in (("norm", "Norm of all residuals at a position, root mean square"),
+                        ("on edges", "Mean square on the edges of the final image, the fifth of "
+                                     "its cells with the strongest gradients, over that of all; a "
+                                     "tiny guide adds the same everywhere, which is 1")):
+        parts = [(guide, g, values) for guide, entry in result["guides"].items()
+                 for g, values in entry.get(name, {}).items()]
+        if not parts:
+            continue
+        lines += ["", about + ":", "", *markdown_table(
+            ["guide", "g", *(f"t = {t}" for t in parts[0][2])],
+            ([guide, g, *values.values()] for guide, g, values in parts))]
     guides = [f"- {name}: {guide['guide']}" for name, guide in result["guides"].items()]
     return "\n".join([*lines, "", *protocol_list(result["protocol"]), *guides]) + "\n"

@@ -7,15 +7,38 @@ from pathlib import Path
 
 from support.files import expand, write_json, write_text
 
-RUNS = Path("runs/eval")        # images of the tables' cells, and results of --quick
+RUNS = Path("runs/eval")        # what commands write, and images of the tables' cells
+RESULTS = Path("results")       # what README and RESULTS show, and the images of it
+DOCS = Path("docs")
 
 
-def result_file(config) -> Path:
-    """The JSON file of a command's result. That of --quick never overwrites a real result."""
-    if not config.quick:
-        return expand(config.out or f"results/{config.command}.json")
-    path = expand(config.out or RUNS / f"{config.command}.json")
-    return path.with_stem(f"{path.stem.removesuffix('-quick')}-quick")
+def result_file(config, name: str = "") -> Path:
+    """The JSON file of a command's result: --out, else NAME.json in runs/eval.
+
+    With --update-results it is in results/, and with --quick it has a name of its own.
+    """
+    return _output_file(config, RESULTS, f"{name or config.command}.json")
+
+
+def image_file(config, name: str = "") -> Path:
+    """The file of a command's image, likewise; with --update-results it is in docs/."""
+    return _output_file(config, DOCS, name or f"{config.command}.png")
+
+
+def _output_file(config, shown: Path, name: str) -> Path:
+    path = (shown if config.update_results else RUNS) / name
+    path = path.with_stem(path.stem + "-quick") if config.quick else path
+    return expand(config.out) if config.out else path
+
+
+def earlier_result(config, name: str) -> Path:
+    """The result that another command wrote: in runs/eval, else the project's own in results/.
+
+    An image for docs/ is drawn from results/ alone.
+    """
+    mine = RUNS / f"{name}{'-quick' * config.quick}.json"
+    found = config.quick or mine.exists() and not config.update_results
+    return mine if found else RESULTS / f"{name}.json"
 
 
 def write_result(file: Path, result: dict, page: str = "") -> None:
@@ -23,7 +46,8 @@ def write_result(file: Path, result: dict, page: str = "") -> None:
     write_json(file, result)
     if page:
         write_text(file.with_suffix(".md"), page)
-    print(page or f"written to {file}")
+        print(page)
+    print(f"written to {file}" + f" and {file.with_suffix('.md')}" * bool(page))
 
 
 def markdown_table(head: Iterable, rows: Iterable[Iterable], align: str = "---") -> list[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import random
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -13,15 +13,16 @@ import torch
 from torch import Tensor, nn
 
 import ppdd
+from clip_text import Tokenizer
 from mini import postcards
 from support import base as bases
 from support import fast
 from support.base import Base
-from support.captions import read_prompts
+from support.captions import notes_on, read_prompts
 from support.cli import BadInput, require
 from support.distributed import print_once
 from support.files import expand, sha256
-from support.guides import guide_path, load_guide, read_guide
+from support.guides import describe_guide, guide_path, load_guide, read_guide
 from support.machine import resolve_dtype
 
 GUIDES = ("full", "full-16", "full-8", "tiny", "tiny-16", "tiny-8", "tiny-8-g8")   # the paper's
@@ -50,6 +51,8 @@ class Row(NamedTuple):
     guide_hash: str = ""
     only_g: float | None = None         # the one g that it is made for; no guidance is g = 0
     stage_one: bool = True              # not halved, for any g, against the empty prompt
+    guided: tuple[int, int] | None = None     # CFG from this step to before that one; None: in all
+    leading: bool = False               # on `leading_grid`
 
     @property
     def passes(self) -> tuple[int, int]:
@@ -59,8 +62,15 @@ class Row(NamedTuple):
         first, which costs no pass.
         """
         predictions = self.steps + (self.sampler == "plms" and self.steps > 1)
-        unet = 2 * predictions if self.kind == "cfg" else predictions
+        guided = len(range(*self.guided)) if self.guided else predictions
+        unet = predictions + (guided if self.kind == "cfg" else 0)
         return unet, predictions if self.kind == "full" else 0
+
+    @property
+    def unusual(self) -> dict:
+        """Settings that few rows have, named only by those, so that no other cell's key changes."""
+        few = {"guided steps": self.guided, "spacing": self.leading and "leading"}
+        return {name: value for name, value in few.items() if value}
 
     @property
     def source(self) -> str | None:
@@ -72,11 +82,32 @@ class Row(NamedTuple):
         return [0.0] if self.kind == "none" else [g for g in gs if self.only_g in (None, g)]
 
 
+# CFG that guides in some steps only, and so has the passes of a tiny guide: number of steps, the
+# first that guides, and the one behind the last. In the first half, to the nearest step; or where
+# σ/α is within an interval (Kynkäänniemi et al., 2024). This interval did best of six; theirs for
+# SD XL, 0.28 to 5.42, comes too late for the miniature.
+INTERVAL = (1.0, 10.0)
+RIVALS = {"half": ("in the first half", ((33, 0, 17), (11, 0, 5), (5, 0, 3))),
+          "interval": ("within an interval", ((32, 3, 21), (10, 1, 7), (5, 1, 4)))}
 WITHOUT_GUIDE = (Row("none-50", "no guidance, 50 steps", "none", 50, only_g=0.0),
                  Row("cfg-50", "CFG, DDIM, 50 steps", "cfg", 50),
                  Row("cfg-16", "CFG, DDIM, 16 steps", "cfg", 16),
                  Row("cfg-8", "CFG, DDIM, 8 steps", "cfg", 8),
-                 Row("cfg-plms-50", "CFG, PLMS, 50 steps", "cfg", 50, "plms"))
+                 Row("cfg-plms-50", "CFG, PLMS, 50 steps", "cfg", 50, "plms"),
+                 Row("cfg-plms-sd-50", "CFG, PLMS on SD's own spacing, 50 steps", "cfg", 50, "plms",
+                     leading=True),
+                 *(Row(f"cfg-{name}-{n + b - a}", f"CFG {where}, {n} steps", "cfg", n,
+                       guided=(a, b))
+                   for name, (where, ways) in RIVALS.items() for n, a, b in ways))
+
+
+def leading_grid(steps: int) -> list[int]:
+    """The N + 1 timesteps of SD's own spacing: 981, 961 … 1 for 50 steps, and 0 at the end.
+
+    In diffusers' words: "leading", with steps_offset 1 and without set_alpha_to_one.
+    """
+    stride = ppdd.TIMESTEPS // steps
+    return [*range(1 + stride * (steps - 1), 0, -stride), 0]
 
 
 def make_rows(config, base: Base, names: tuple[str, ...] = ()) -> list[Row]:
@@ -106,6 +137,7 @@ def guide_row(config, base: Base, name: str) -> Row:
     about = described.about
     guide = load_guide(path, base.unet.config, resolve_dtype(config.dtype, config.device),
                        config.device)
+    print_once(describe_guide(path, about, base))
     fast.prepack(guide)
     steps = about.get("steps") or STAGE_ONE
     low, high = about.get("g_range") or (0, 1)
@@ -126,20 +158,21 @@ def require_guides(rows: list[Row], base: Base, what: str = "guide") -> list[Row
     return rows
 
 
-def plugged_in_rows(config, base: Base) -> list[Row]:
-    """No guidance, CFG and the plain base's stage-one guides, for a fine-tune of that base."""
+def plugged_in_rows(config, base: Base, names: tuple[str, ...] = ()) -> list[Row]:
+    """No guidance, CFG and the plain base's guides (of these names), for a fine-tune of it."""
     given = config.bases or config.weights
     plain = replace(base, path=bases.find_weights(config.weights) if given else bases.MINI)
-    rows = require_guides(make_rows(config, plain, ("full", "tiny", *OUR_GUIDES[:1])), plain)
-    return [row for row in rows if row.guide or (row.steps, row.sampler) == (STAGE_ONE, "ddim")]
+    rows = require_guides(make_rows(config, plain, names), plain)
+    return [row for row in rows if row.sampler == "ddim" and not row.guided]
 
 
 # ------------------------------------------------------------------------------- bases, settings
 
 def load(config, path: Path) -> Base:
     """A base as it is evaluated: its convolutions are prepacked, which changes rounding only."""
-    base = bases.load_base(path, resolve_dtype(config.dtype, config.device), config.device)
-    print_once(bases.describe_base(path, config.weights))
+    base = bases.load_base(path, resolve_dtype(config.dtype, config.device), config.device,
+                           config.vae)
+    print_once(bases.describe_base(path, config.weights, config.vae))
     fast.prepack(base.unet, base.vae)
     return base
 
@@ -164,13 +197,14 @@ def resolve_defaults(config):
     """The configuration with what suits the command in place of every 0 and empty setting."""
     quick = config.quick
     count = config.count
-    if config.prompts and not count:
-        count = len(read_prompts(config.prompts))
-        count = min(8, count) if quick else count
+    if config.prompts:
+        prompts = read_prompts(config.prompts, count, config.seed)
+        count = count or (min(8, len(prompts)) if quick else len(prompts))
+        print_once(*notes_on(prompts, Tokenizer()))
     g = (8.0,) if config.command in ONE_G else (2.0, 8.0) if quick else (2.0, 4.0, 6.0, 8.0)
     config = replace(
         config, g=tuple(dict.fromkeys(config.g)) or g, seeds=config.seeds or (2 if quick else 3),
-        count=count or (8 if quick else 64 if config.command == "match" else 300),
+        count=count or (8 if quick else 64 if config.command in ("match", "features") else 300),
         references=config.references or (200 if quick else 2000),
         repeats=config.repeats or (1 if quick else 3))
     require((config.count > NOISE_PER_SEED, f"--count {config.count}: at most {NOISE_PER_SEED}"),
@@ -229,11 +263,16 @@ def full_captions(count: int, seed: int) -> tuple[list[str], Tensor]:
 
 
 def generate(base: Base, row: Row, prompts: list[str], g: float, seeds: Iterable[int],
-             side: int) -> Tensor:
-    """Images (B, 3, side, side) uint8, on the CPU: one a prompt, from noise of its own seed."""
+             side: int, step: Callable[..., Tensor] | None = None) -> Tensor:
+    """Images (B, 3, side, side) uint8, on the CPU: one a prompt, from noise of its own seed.
+
+    step is what to call at each step, by default `fast.sample`'s.
+    """
     c = base.embed(prompts)                                                        # (B, L, D)
     empty = base.embed([""]).expand_as(c) if row.kind == "cfg" else None
     shape = (base.unet.config.in_channels, side // 8, side // 8)
     z = ppdd.noise(seeds, shape).to(c.device)                                      # (B, Z, H, W)
-    z = fast.sample(base.unet, z, c, g, row.steps, row.guide, empty, row.sampler)
+    z = fast.sample(base.unet, z, c, g, row.steps, row.guide, empty, row.sampler,
+                    step=step, grid=leading_grid(row.steps) if row.leading else None,
+                    guided=range(*row.guided) if row.guided else None)
     return base.decode(z).cpu()

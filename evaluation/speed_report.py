@@ -11,16 +11,21 @@ import torch
 
 from evaluation.baseline import BASELINE
 from evaluation.cost import Networks, count_macs, pass_costs
-from evaluation.report import bullet_list, markdown_table, protocol_list
+from evaluation.report import (
+    bullet_list,
+    earlier_result,
+    image_file,
+    markdown_table,
+    protocol_list,
+)
 from evaluation.timing import is_gpu, steps_per_run
 from evaluation.workload import METHODS
 from support.cli import BadInput, require
 from support.files import atomic_write, expand
 from support.machine import provenance, resolve_dtype
 
-UPDATE_HOURS = "hours for 3,000 updates of 64"
 HEAD = ("", "latents", "batch", "ms", "quartiles", "images/s", "peak GiB", "TFLOP/s",
-        "of the matrix rate", UPDATE_HOURS)
+        "of the matrix rate")
 GROWTH = "UNet pass, captured"
 
 
@@ -63,8 +68,6 @@ def make_row(name: str, side: int, batch: int, timing: dict, macs: dict[str, int
         row["of the matrix rate"] = row["TFLOP/s"] / matrix_rate
     if "image" in name or "update" in name:
         row["images/s"] = batch / seconds
-    if "update" in name:
-        row[UPDATE_HOURS] = 3000 * 64 / row["images/s"] / 3600
     return {key: round(value, 5) if isinstance(value, float) else value
             for key, value in row.items()}
 
@@ -93,8 +96,7 @@ def row_cells(row: dict) -> list[str]:
 
     return [row["what"], f"{row['side']} × {row['side']}", str(row["batch"]), f"{row['ms']:,.4g}",
             " … ".join(f"{q:,.4g}" for q in row["quartiles"]), cell("images/s", ".3g"),
-            cell("GiB", ".2f"), cell("TFLOP/s", ".3g"), cell("of the matrix rate", ".0%"),
-            cell(UPDATE_HOURS, ",.3g")]
+            cell("GiB", ".2f"), cell("TFLOP/s", ".3g"), cell("of the matrix rate", ".0%")]
 
 
 def protocol(config, g: float) -> dict:
@@ -172,7 +174,7 @@ def growth_table(rows: list[dict]) -> list[str]:
 def growth(config) -> None:
     """`growth`: how cost grows with side and batch, drawn from a result of `speed`."""
     require((len(config.paths) > 1, "growth takes one result of speed"))
-    file = expand((*config.paths, "results/speed-sd15-cuda.json")[0])
+    file = expand((*config.paths, earlier_result(config, "speed-sd15-cuda"))[0])
     result = _read_result(file)
     require((len(growth_rows(result["rows"])) < 2,
              f"{file} has no UNet passes of several sides or batches recorded on a GPU: make it "
@@ -187,10 +189,10 @@ def growth(config) -> None:
     figure.suptitle(f"{result['size']} on {result['protocol']['hardware']}, "
                     f"{result['protocol']['dtype'].removeprefix('torch.')}: how cost grows",
                     fontsize=11)
-    path = expand(config.out or "docs/speed.png")
+    path = image_file(config, "speed.png")
     with atomic_write(path) as temporary:
         figure.savefig(temporary, format="png", dpi=130)
-    print(path)
+    print(f"written to {path}, from {file}")
 
 
 def _read_result(file: Path) -> dict:

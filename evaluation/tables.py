@@ -68,7 +68,7 @@ class Cells:
                 "prompts": hashlib.sha256(prompts).hexdigest(), "size": self.side,
                 "batch": self.config.batch, "device": self.config.device.split(":")[0],
                 "dtype": str(resolve_dtype(self.config.dtype, self.config.device)),
-                "torch": torch.__version__}
+                "torch": torch.__version__, **row.unusual}
 
     def folder(self, cell: Cell) -> Path:
         """The cell's folder; a hash of its settings is in the name, so that they never mix."""
@@ -168,7 +168,7 @@ def describe_row(row: Row) -> dict:
     """A row of a result, still without cells."""
     unet, guide = row.passes
     return {"title": row.title, "steps": row.steps, "UNet passes": unet, "guide passes": guide,
-            "guide": row.source, "cells": {}}
+            "guide": row.source, **row.unusual, "cells": {}}
 
 
 def summary(seeds: dict[str, dict]) -> dict:
@@ -215,7 +215,11 @@ def tabulate(config, rows: list[Row], bases: Iterable[Base], names: list[str]) -
              f"--real: one set of images for all bases, or {len(names)}, one each"))
     check_kept(file, "bases", previous["bases"], names)
     rows = [row for row in rows if row.g_values(config.g)]
-    cells = [Cell(row, g, seed) for row in rows for g in row.g_values(config.g)
+    unknown = [name for name in config.rows if name not in {row.name for row in rows}]
+    require((unknown, f"--rows {' '.join(unknown)}: there is no such row; those there are: "
+                      f"{', '.join(row.name for row in rows)}"))
+    cells = [Cell(row, g, seed) for row in rows if row.name in (config.rows or (row.name,))
+             for g in row.g_values(config.g)
              for seed in range(config.seed, config.seed + config.seeds)]
     result: dict[str, dict] = {"protocol": {}, "bases": {}}
     shapes = set()
@@ -231,18 +235,43 @@ def tabulate(config, rows: list[Row], bases: Iterable[Base], names: list[str]) -
                 check_same(file, previous, result["protocol"], work, rows)
             work.run(cells, bar)
             if rank() == 0:
-                result["bases"][base.name] = finished_base(work, cells, rows)
+                result["bases"][base.name] = finished_base(work, cells, rows, previous)
             barrier()
     if rank() == 0:
         report.write_result(file, result, table_page(config.command, result))
+        print("images in", ", ".join(str(RUNS / name) for name in result["bases"]))
 
 
-def finished_base(work: Cells, cells: list[Cell], rows: list[Row]) -> dict:
+def finished_base(work: Cells, cells: list[Cell], rows: list[Row], previous: dict) -> dict:
     """A base's part of a result, once its cells have their scores."""
     folded = work.fold(cells)
+    if work.config.rows:
+        folded = with_kept_rows(work, folded, rows, previous)
     for name, milliseconds in work.time_rows(rows).items():
         folded[name]["milliseconds"] = milliseconds
     return {"base hash": work.base_hash, "measured by": work.metrics.describe(), "rows": folded}
+
+
+def with_kept_rows(work: Cells, folded: dict, rows: list[Row], previous: dict) -> dict:
+    """All rows of a table: those of --rows as measured now, the others as the file has them.
+
+    A row that is kept says what it was made with. Raises BadInput where the file lacks one, or has
+    it of another base or guide.
+    """
+    before, made = previous["bases"].get(work.base.name, {}), previous["protocol"]
+    made = made and {"torch": made["versions"]["torch"], "commit": made["commit"],
+                     "hardware": made["hardware"]}
+    result = {}
+    for row in rows:
+        kept = before.get("rows", {}).get(row.name)
+        if row.name in folded:
+            result[row.name] = folded[row.name]
+            continue
+        require((not kept or before["base hash"] != work.base_hash or kept["guide"] != row.source,
+                 f"--rows leaves out {row.name}, and the file has no such row of this base and "
+                 "guide: measure all rows, or name it too"))
+        result[row.name] = {"kept from": made} | kept
+    return result
 
 
 def read_result(file: Path) -> dict:
@@ -267,7 +296,8 @@ def check_same(file: Path, previous: dict, now: dict, work: Cells, rows: list[Ro
     """Raises BadInput where a result file was made with other settings, metrics or more rows."""
     before = previous["bases"].get(work.base.name, {})
     changed = [k for k in ONE_PER_FILE
-               if previous["protocol"] and previous["protocol"].get(k) != now[k]]
+               if previous["protocol"] and previous["protocol"].get(k) != now[k]
+               and not (work.config.rows and k == "g")]     # a row may have fewer
     require((changed, f"{file} holds a result of another setting ({', '.join(changed)}): pass "
                       "--out for a file of its own, or move that one away"))
     check_kept(file, "rows", before.get("rows", {}), [row.name for row in rows])
@@ -289,7 +319,7 @@ def protocol(work: Cells) -> dict:
                  f"{sampling.NOISE_PER_SEED} s + k",
         "spread": "standard deviation over the seeds, n − 1",
         "size": f"{work.side} × {work.side}, batches of {config.batch}",
-        "steps": "t_i = round(1000 i / N) − 1",
+        "steps": "t_i = round(1000 i / N) − 1; on SD's own spacing t = 981, 961 … 1",
         "milliseconds": f"an image, from prompt to pixels; median of {config.repeats} rounds of "
                         f"one batch of {min(config.batch, config.count)}, rows in turn",
         "dtype": str(resolve_dtype(config.dtype, config.device)), "processes": world_size(),
@@ -329,5 +359,11 @@ def _base_lines(name: str, base: dict) -> list[str]:
     networks = {key: ", ".join(f"{k} {v}" for k, v in measured[key].items())
                 for key in ("features", "CLIP")}
     guides = {name: row["guide"] for name, row in base["rows"].items() if row["guide"]}
+    kept = {name: row["kept from"] for name, row in base["rows"].items() if "kept from" in row}
+    if kept:                            # all from one earlier run, or from the runs before it
+        measured = measured | {f"scores kept from a run at commit {made['commit']}, torch "
+                               f"{made['torch']}, {made['hardware']}": ", ".join(
+                                   name for name, other in kept.items() if other == made)
+                               for made in kept.values()}
     entries = bullet_list({"SHA-256": base["base hash"]} | measured)
     return ["", f"Base {name}:", "", *entries, *bullet_list(networks | guides)]

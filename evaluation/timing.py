@@ -6,6 +6,7 @@ the call is recorded beforehand.
 
 from __future__ import annotations
 
+import functools
 import gc
 import math
 import re
@@ -23,25 +24,11 @@ def is_gpu(device: str) -> bool:
     return torch.device(device).type == "cuda"
 
 
-class Recorded:
-    """A call, recorded as a CUDA graph when it is first made, and replayed from then on.
-
-    Raises RuntimeError where recording fails.
-    """
-
-    def __init__(self, call: Callable):
-        self.call = call
-        self.replay: Callable[[], None] | None = None
-
-    def __call__(self) -> None:
-        if self.replay is None:
-            self.replay, _ = capture.record_graph(self.call)
-        self.replay()
-
-
 def recorded(call: Callable, device: str) -> Callable:
-    """The call recorded as a CUDA graph; on a CPU the call itself."""
-    return Recorded(call) if is_gpu(device) else call
+    """The call, recorded as a CUDA graph when first made, and replayed from then on; on a CPU the
+    call itself. Raises RuntimeError where recording fails."""
+    record = functools.cache(lambda: capture.record_graph(call)[0])
+    return (lambda: record()()) if is_gpu(device) else call
 
 
 def recorded_update(call: Callable, device: str) -> Callable:

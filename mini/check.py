@@ -1,4 +1,4 @@
-"""Is the bundled miniature good enough? `python mini/check.py` measures it into results/mini.json.
+"""Is the bundled miniature good enough? `python mini/check.py` measures it.
 
 On fresh images and captions that name every attribute: caption accuracy without guidance and with
 CFG at g = 8, in 50 steps, and how good the judge and the autoencoder themselves are. eval.py
@@ -20,8 +20,8 @@ sys.path.insert(0, str(ROOT))
 from mini import postcards  # noqa: E402
 from mini.judge import Benchmark, judge_hash, load_judge  # noqa: E402
 from support.base import MINI, find_weights, load_base  # noqa: E402
-from support.cli import option, parse, run_command  # noqa: E402
-from support.files import write_json  # noqa: E402
+from support.cli import option, parse, require, run_command  # noqa: E402
+from support.files import expand, write_json  # noqa: E402
 from support.machine import commit, hardware  # noqa: E402
 
 
@@ -32,12 +32,13 @@ class Config:
     weights: str = option("mini", "another miniature")
     count: int = option(1000, "images", low=1)
     seed: int = option(1000, "of everything that is drawn", low=0)
-    out: str = option("", "the result; default: results/mini.json for the bundled miniature")
+    out: str = option("", "the result; default: runs/mini.json")
+    update_results: bool = option(False, "write to results/mini.json, over the project's own")
 
 
 @torch.no_grad()
 def measure(config: Config, path: Path) -> dict:
-    """The contents of results/mini.json, of the miniature in a file."""
+    """The result, of the miniature in a file."""
     base = load_base(path)
     test = Benchmark(base, load_judge(), config.count, config.seed)
     moments = [base.vae.encode(x * 2 - 1) for x in test.real.split(100)]
@@ -63,11 +64,14 @@ def measure(config: Config, path: Path) -> dict:
 def main() -> None:
     config = parse(Config, "mini/check.py", __doc__.splitlines()[0])
     path = find_weights(config.weights)
+    require((config.update_results and path != MINI,
+             "--update-results: results/mini.json is of the bundled miniature; pass --out"))
+    folder = "results" if config.update_results else "runs"
+    out = expand(config.out) if config.out else ROOT / folder / "mini.json"
     result = measure(config, path)
-    out = config.out or (ROOT / "results" / "mini.json" if path == MINI else "")
-    if out:
-        write_json(out, result)
+    write_json(out, result)
     print(json.dumps(result, indent=1))
+    print(f"written to {out}")
 
 
 if __name__ == "__main__":

@@ -1,11 +1,12 @@
-"""The comparisons behind the guides' settings: `python mini/tune.py` writes results/tuning.json.
+"""The comparisons behind the guides' settings: `python mini/tune.py`.
 
 Each row is one short run of train.py on the miniature with one setting changed, compared by the
 share of the correction that its last updates leave unexplained. With --remedies the rows change
 what a guide is trained on or for, and also have a caption accuracy, at two values of g. With --few
 the bundled guides for 8 steps are halved on, to 4 and 2, and compared with CFG and with themselves
 in as few steps. Flags of train.py may follow; other flags make other rows. A row that is there is
-kept, unless the judge, or the guide that it begins with, has changed.
+kept, unless the judge, or the guide that it begins with, has changed. They go to runs/tuning.json,
+which begins as a copy of results/tuning.json, or with --update-results to that file itself.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ def train(row: dict[str, str], updates: int, more: list[str], folder: str) -> fl
     flags = [word for k, v in row.items() for word in ("--" + k, v)]
     command = [sys.executable, ROOT / "train.py", "--weights", "mini", "--run", folder,
                "--out", folder, "--updates", str(updates), "--halving-updates", str(updates),
-               "--grid-every", "0", *flags, *more]
+               "--grid-every", "0", "--batch", "32", "--images", "6000", *flags, *more]
     subprocess.run(command, cwd=ROOT, check=True)
     return json.loads((Path(folder) / "log.jsonl").read_text().splitlines()[-1])["unexplained"]
 
@@ -165,15 +166,21 @@ def main() -> None:
                         help="compare what guides are trained on and for, also by their images")
     parser.add_argument("--few", action="store_true",
                         help="halve the bundled guides on, to 4 and 2 steps")
-    parser.add_argument("--out", type=Path, default=ROOT / "results" / "tuning.json",
-                        help="the file of rows (%(default)s)")
+    parser.add_argument("--out", type=Path, help="the file of rows; default: runs/tuning.json")
+    parser.add_argument("--update-results", action="store_true",
+                        help="write to results/tuning.json, over the project's own")
     options, more = parser.parse_known_args()
+    shown = ROOT / "results" / "tuning.json"
+    out = options.out or (shown if options.update_results else ROOT / "runs" / "tuning.json")
+    if not options.out and not out.exists():
+        write_json(out, read_rows(shown))
+    print(f"rows in {out}", flush=True)
     if options.few:
-        return compare_few_steps(options.out, options.updates, more)
+        return compare_few_steps(out, options.updates, more)
     if options.remedies:
-        measure_bundled(options.out)
+        measure_bundled(out)
     rows = REMEDIES if options.remedies else ROWS
-    compare_training(options.out, rows, options.updates, more, options.remedies)
+    compare_training(out, rows, options.updates, more, options.remedies)
 
 
 if __name__ == "__main__":

@@ -10,13 +10,15 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from clip_text import TextEncoder, Tokenizer, embed_text
+from clip_text import TextConfig, TextEncoder, Tokenizer
 from support.capture import captured
 from support.checkpoint import load_text_encoder, load_unet, load_vae
-from support.files import expand, sha256
-from support.lora import merge_lora, parse_lora
-from unet import UNet
-from vae import VAE
+from support.configs import PASS_SD15, CheckpointError
+from support.files import expand, files_in, sha256
+from support.lora import lora_files, merge_lora, parse_lora
+from support.machine import use_few_threads
+from unet import UNet, UNetConfig
+from vae import VAE, VAEConfig
 
 MINI = Path(__file__).resolve().parent.parent / "mini" / "mini.safetensors"
 HUB_NAMES = ("models--stable-diffusion-v1-5--stable-diffusion-v1-5",
@@ -37,6 +39,7 @@ class Base:
     tokenizer: Tokenizer
     path: Path
     loras: tuple[tuple[Path, float], ...] = ()      # files merged into it, with their scales
+    vae_path: Path | None = None                    # of a VAE that replaces the checkpoint's own
 
     @property
     def name(self) -> str:
@@ -45,8 +48,8 @@ class Base:
 
     @property
     def sha256(self) -> str:
-        """SHA-256 of the files it was made from, merged LoRAs included."""
-        return base_sha256(self.path, self.loras)
+        """SHA-256 of the files it was made from, merged LoRAs and another VAE included."""
+        return base_sha256(self.path, self.loras, self.vae_path)
 
     @property
     def device(self) -> torch.device:
@@ -58,8 +61,11 @@ class Base:
         return self.unet.config.model_channels < 256
 
     def embed(self, texts: list[str]) -> Tensor:
-        """Prompts to states (B, 77, D)."""
-        return embed_text(self.text, self.tokenizer, texts)
+        """The paper's c: the states of prompts (B, 77, D), in the text encoder's dtype."""
+        ids = self.tokenizer(texts).to(self.text.final_layer_norm.weight.device)
+        # Recording pays where a batch is small, and then its size usually comes again.
+        encode = captured(encode_text, ids.device) if len(ids) <= 64 else encode_text
+        return encode(self.text, ids)
 
     def decode(self, z: Tensor) -> Tensor:
         """Latents (B, Z, H / 8, W / 8) to images (B, 3, H, W) uint8.
@@ -69,10 +75,10 @@ class Base:
         """
         dtype, images = next(self.vae.parameters()).dtype, []
         # A recording would go on reading the weights that are replaced below.
-        decode = self.vae.decode if dtype == torch.float16 else captured(self.vae.decode, z.device)
+        decode = decode_latents if dtype == torch.float16 else captured(decode_latents, z.device)
         positions = 64 * 64 * (4 if z.is_cuda else 1)
         for latents in z.split(max(1, positions // z[0, 0].numel())):
-            x = decode(latents.to(dtype)).float()
+            x = decode(self.vae, latents.to(dtype)).float()
             if dtype == torch.float16 and (bad := ~x.flatten(1).isfinite().all(1)).any():
                 x[bad] = self.vae.float().decode(latents[bad].float())
                 self.vae.to(dtype)
@@ -80,12 +86,43 @@ class Base:
         return torch.cat(images)
 
 
+def encode_text(text: TextEncoder, ids: Tensor) -> Tensor:
+    return text(ids)
+
+
+def decode_latents(vae: VAE, z: Tensor) -> Tensor:
+    return vae.decode(z)
+
+
 def load_base(path: Path, dtype: torch.dtype = torch.float32,
-              device: str | torch.device = "cpu") -> Base:
-    """All three networks of a checkpoint, frozen. Raises CheckpointError."""
-    unet = to_channels_last(load_unet(path, dtype, device))
-    vae = to_channels_last(load_vae(path, dtype, device))
-    return Base(unet, vae, load_text_encoder(path, dtype, device), Tokenizer(), Path(path))
+              device: str | torch.device = "cpu", vae: str | Path = "") -> Base:
+    """All three networks of a checkpoint, frozen; the VAE of another file or folder, if given.
+
+    Raises CheckpointError.
+    """
+    vae_path = expand(vae) if vae else None
+    unet_ = to_channels_last(load_unet(path, dtype, device))
+    vae_ = to_channels_last(load_vae(vae_path or path, dtype, device))
+    text = load_text_encoder(path, dtype, device)
+    _check_fit(unet_.config, vae_.config, text.config, f"{path} with {vae}" if vae else str(path))
+    base = Base(unet_, vae_, text, Tokenizer(), Path(path), vae_path=vae_path)
+    if base.is_miniature or base.device.type == "cuda":
+        use_few_threads()
+    return base
+
+
+def _check_fit(unet_: UNetConfig, vae_: VAEConfig, text: TextConfig, source: str) -> None:
+    """Raises CheckpointError where networks can't work together. All else here takes it for granted
+    that latents are an eighth of an RGB image, and that the UNet predicts their noise."""
+    latents = (vae_.z_channels, unet_.in_channels, unet_.out_channels)
+    fits = (len(set(latents)) == 1 and text.width == unet_.context_dim and len(vae_.ch_mult) == 4
+            and vae_.in_channels == vae_.out_channels == 3)
+    if not fits:
+        raise CheckpointError(
+            f"{source} has networks that do not fit together (the VAE makes {latents[0]} channels "
+            f"from {vae_.in_channels} at 1/{2 ** (len(vae_.ch_mult) - 1)} of the side, the UNet "
+            f"takes {latents[1]} and gives {latents[2]}, the prompt's states are {text.width} wide "
+            f"for {unet_.context_dim}): {PASS_SD15}")
 
 
 def to_channels_last(module: nn.Module) -> nn.Module:
@@ -105,16 +142,26 @@ def base_name(path: Path) -> str:
     return path.stem if path.is_file() else path.resolve().name
 
 
-def base_sha256(path: Path, loras: Iterable[tuple[Path, float]] = ()) -> str:
+def base_sha256(path: Path, loras: Iterable[tuple[Path, float]] = (),
+                vae: Path | None = None) -> str:
     """SHA-256, hex, of a checkpoint file, or of its networks' files where it is a folder.
 
-    With the LoRAs that are merged into it, of those and their scales too.
+    With the LoRAs that are merged into it, of those and their scales too; and of another VAE.
     """
-    parts = ("unet", "vae", "text_encoder")
-    files = [path] if path.is_file() else [
-        file for part in parts for file in sorted(path.glob(f"{part}/*.safetensors"))]
+    files = _network_files(path, "unet", "vae", "text_encoder")
+    files += [file for lora, _ in loras for file in lora_files(lora)]
+    if vae:
+        files += _network_files(vae, "vae", ".")
     scales = b"".join(b"%.9g" % scale for _, scale in loras)
-    return sha256(*files, *(file for file, _ in loras), prefix=scales)
+    return sha256(*files, prefix=scales)
+
+
+def _network_files(path: Path, *parts: str) -> list[Path]:
+    """A file alone; of a folder the weights in these parts of it, each with its configuration."""
+    if path.is_file():
+        return [path]
+    patterns = (f"{part}/{name}" for part in parts for name in ("*.safetensors", "config.json"))
+    return [file for pattern in patterns for file in sorted(path.glob(pattern))]
 
 
 def find_weights(given: str | Path | None = None) -> Path:
@@ -128,7 +175,7 @@ def find_weights(given: str | Path | None = None) -> Path:
     snapshots = [s for name in HUB_NAMES for s in sorted((hub / name / "snapshots").glob("*"))]
     for folder in (Path("weights"), *snapshots):
         in_weights = folder.name == "weights"
-        files = sorted(folder.glob("*.safetensors"))
+        files = files_in(folder, "*.safetensors")
         single_files = [f for f in files if in_weights or "v1-5" in f.name]
         inside = "*" if in_weights else "*.safetensors"     # a snapshot may be downloaded in part
         for candidate in (*single_files, folder, *sorted(folder.glob("*/"))):
@@ -138,18 +185,17 @@ def find_weights(given: str | Path | None = None) -> Path:
     return MINI
 
 
-def describe_base(path: Path, given: str | Path) -> str:
+def describe_base(path: Path, given: str | Path, vae: str = "") -> str:
     """A line on the base that find_weights(given) found, and on how to get another."""
-    return NO_WEIGHTS if path == MINI and not given else f"base: {path}"
+    line = NO_WEIGHTS if path == MINI and not given else f"base: {path}"
+    return f"{line}; its VAE is that of {vae}" if vae else line
 
 
 def merge_loras(base: Base, given: Iterable[str]) -> list[str]:
     """Merges each "FILE" or "FILE:scale" into the base; returns a message on each, to print."""
     messages = []
     for path, scale in map(parse_lora, given):
-        unused = merge_lora(base.unet, base.text, path, scale)
+        notes = merge_lora(base.unet, base.text, path, scale)
         base.loras += ((path, scale),)
-        names = ", ".join(unused[:3]) + ", …" * (len(unused) > 3)
-        left_out = f"; {len(unused)} of its tensors have no place here: {names}" if unused else ""
-        messages.append(f"LoRA: {path}, merged at {scale:g}{left_out}")
+        messages.append("; ".join([f"LoRA: {path}, merged at {scale:g}", *notes]))
     return messages

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import functools
 import sys
+import weakref
 from collections import defaultdict
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 
@@ -23,7 +24,8 @@ class Captured:
     Arguments may be nested in lists, tuples and dictionaries; what is no tensor is a constant of
     the recording. A graph reads its inputs where they lay when it was recorded, so each call copies
     new ones there; an object that was given the last time too is not copied again, so its contents
-    must not have changed. Where recording fails, the function is called as it is.
+    must not have changed. Where recording fails, the function is called as it is. Recordings do not
+    keep networks among the arguments alive: they go when a network does.
     """
 
     MOST = 16                       # recordings to keep; each holds its inputs and its output
@@ -35,13 +37,23 @@ class Captured:
     def __call__(self, *args) -> Tensor:
         leaves, structure = tree_flatten(args)
         # Layers, the keys of dictionaries, are not in it: they belong to a network, which is.
-        key = tuple((x.shape, x.dtype) if isinstance(x, Tensor) else x for x in leaves)
+        key = tuple(map(self.identify, leaves))
         if key not in self.recordings:
             if len(self.recordings) >= self.MOST:
                 self.recordings.clear()
             self.recordings[key] = self.record(leaves, structure)
         recording = self.recordings[key]
         return self.function(*args) if recording is None else recording(leaves)
+
+    def identify(self, x: object) -> object:
+        """What tells recordings with this argument from those with another."""
+        if isinstance(x, nn.Module):
+            return weakref.ref(x, self.forget)
+        return (x.shape, x.dtype) if isinstance(x, Tensor) else x
+
+    def forget(self, network: weakref.ref) -> None:
+        self.recordings = {key: recording for key, recording in self.recordings.items()
+                           if not any(part is network for part in key)}
 
     def record(self, leaves: list, structure) -> _Recording | None:
         try:
@@ -80,23 +92,27 @@ class _Recording:
     """One CUDA graph: its inputs, its outputs, and how to run it once more."""
 
     def __init__(self, function: Callable, leaves: list, structure, warm_up: bool = True):
-        self.inputs = [x.clone() if isinstance(x, Tensor) else x for x in leaves]
-        self.last = list(leaves)
-        args = tree_unflatten(self.inputs, structure)
+        inputs = [x.clone() if isinstance(x, Tensor) else x for x in leaves]
+        args = tree_unflatten(inputs, structure)
+        self.inputs, self.last = tensors_of(inputs), tensors_of(leaves)
         self.replay, self.outputs = record_graph(lambda: function(*args), warm_up)
 
     def __call__(self, leaves: list):
-        copies = defaultdict(lambda: ([], []))
-        for place, new, last in zip(self.inputs, leaves, self.last):
-            if isinstance(new, Tensor) and new is not last:
+        copies, tensors = defaultdict(lambda: ([], [])), tensors_of(leaves)
+        for place, new, last in zip(self.inputs, tensors, self.last):
+            if new is not last:
                 places, news = copies[new.dtype]
                 places.append(place)
                 news.append(new)
         for places, news in copies.values():            # of one dtype they are one launch
             torch._foreach_copy_(places, news)
-        self.last = list(leaves)
+        self.last = tensors
         self.replay()
         return tree_map(torch.clone, self.outputs)      # the next replay writes to the same place
+
+
+def tensors_of(leaves: list) -> list[Tensor]:
+    return [x for x in leaves if isinstance(x, Tensor)]
 
 
 def on_side_stream(call: Callable):
@@ -117,7 +133,8 @@ def record_graph(call: Callable, warm_up: bool = True) -> tuple[Callable[[], Non
         for _ in range(2 * warm_up):            # kernels must be chosen and loaded beforehand
             on_side_stream(call)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        # Of this thread: another one may pin memory for the next batch meanwhile.
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
             outputs = call()
     finally:
         torch.backends.cudnn.benchmark = benchmark
@@ -130,5 +147,8 @@ def _captured(function: Callable[..., Tensor]) -> Captured:
 
 
 def captured(function: Callable[..., Tensor], device: torch.device) -> Callable[..., Tensor]:
-    """The function recorded as CUDA graphs, one for the whole process; on a CPU itself."""
+    """The function recorded as CUDA graphs, one for the whole process; on a CPU itself.
+
+    Give networks as arguments, not a network's method, which would be kept alive for good.
+    """
     return _captured(function) if device.type == "cuda" else function

@@ -7,7 +7,6 @@ tensor a network needs is there with its shape, and none is left over.
 from __future__ import annotations
 
 import json
-import math
 import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
@@ -22,14 +21,19 @@ import clip_text
 import unet
 import vae
 from clip_text import TextConfig, TextEncoder
-from support.cli import BadInput
-from support.files import expand, save_tensors
+from support.configs import (
+    PASS_SD15,
+    CheckpointError,
+    check_metadata,
+    check_schedule,
+    read_config,
+    read_sizes,
+    refuse_markers,
+    refuse_other_context,
+)
+from support.files import check_readable, expand, save_tensors
 from unet import UNet, UNetConfig
 from vae import VAE, VAEConfig
-
-
-class CheckpointError(BadInput):
-    """A checkpoint that can't be used; the message says what it is and what to pass instead."""
 
 
 class StateDictMismatch(CheckpointError):
@@ -51,7 +55,6 @@ UNET = Part("UNet", (unet.KEY_PREFIX,), "unet", "diffusion_pytorch_model", "unet
 VAE_PART = Part("VAE", vae.KEY_PREFIXES, "vae", "diffusion_pytorch_model", "vae_config")
 TEXT = Part("text encoder", (clip_text.KEY_PREFIX,), "text_encoder", "model", "text_config")
 
-PASS_SD15 = "pass a Stable Diffusion 1.5 checkpoint"
 _PICKLE = (     # the command opens it without running any code in it
     "a pickle, which can run code when opened: pass a .safetensors file, or make one with "
     "python -c \"import torch, safetensors.torch as s; "
@@ -67,7 +70,7 @@ _NOT_WEIGHTS = {
 # What names or sizes of tensors show a whole file to be.
 _OTHER_BASES = {
     "conditioner.": "Stable Diffusion XL", "cond_stage_model.model.": "Stable Diffusion 2"}
-_OTHER_CONTEXT_DIMS = {1024: "Stable Diffusion 2", 2048: "Stable Diffusion XL"}
+_OR_ALONE = ("", ", or a VAE beside it with --vae FILE")
 _ADD_ONS = {"lora": "a LoRA", "control": "a ControlNet"}
 # Tensors that belong to a part's own training, or that this encoder has no use for.
 _IGNORED_PREFIXES = ("model_ema.", "loss.")
@@ -136,21 +139,26 @@ def save_checkpoint(path: str | Path, unet_: UNet, vae_: VAE, text: TextEncoder,
 def read_checkpoint(path: str | Path, part: Part) -> tuple[dict[str, Tensor], str]:
     """The tensors of one part of a checkpoint, less their prefix, and its stored configuration.
 
-    `path` is a single .safetensors file, a folder with one subfolder a part, or that subfolder.
-    Only the tensors asked for are read, memory mapped, in the dtype they have. The configuration,
-    for `read_config`, is "{}" unless a single file carries one. Raises CheckpointError.
+    `path` is a single .safetensors file, a folder with one subfolder a part, or that subfolder; a
+    VAE may have a file to itself. Only the tensors asked for are read, memory mapped, in the dtype
+    they have. The configuration, for `read_config`, is that in a file's metadata or in the
+    config.json beside it, else "{}". Raises CheckpointError, also for what can't be obeyed.
     """
     path = expand(path)
-    if os.path.isdir(path):
-        files, prefixes = _files_in_folder(path, part), ("",)
-    else:
-        files, prefixes = [path], part.prefixes
+    in_folder = os.path.isdir(path)
+    files = _files_in_folder(path, part) if in_folder else [path]
     tensors, config = {}, "{}"
+    if in_folder or path.name.startswith(VAE_PART.stem):
+        config = read_sizes(files[0].parent / "config.json", part.folder)
     for file in files:
         found, metadata = read_tensors(
-            file, lambda names, file=file: _select(file, names, part, prefixes))
+            file, lambda names, file=file: _select(file, names, part, in_folder))
         tensors |= found
         config = metadata.get(part.config, config)
+        if part is UNET:
+            check_metadata(metadata, file)
+    if in_folder and part is UNET:
+        check_schedule(files[0].parent.parent / "scheduler" / "scheduler_config.json")
     return tensors, config
 
 
@@ -163,7 +171,9 @@ def read_tensors(path: str | Path, choose: Callable[[list[str]], dict[str, str]]
     """
     path = Path(path)
     try:
-        str(path).encode()
+        if b"\0" in str(path).encode():
+            raise FileNotFoundError
+        check_readable(path)            # safe_open says "no such file" of any it can't open
         if os.path.exists(path) and not os.path.isfile(path):   # a named pipe would block for ever
             raise CheckpointError(f"{path} is not a file: pass a .safetensors file")
         with safe_open(path, framework="pt") as opened:
@@ -193,9 +203,13 @@ def _what_it_is(path: Path, error: Exception) -> str:
     return next(known, unknown).replace("FILE", str(path))
 
 
-def _select(path: Path, names: Iterable[str], part: Part, prefixes: tuple[str, ...]) -> dict:
+def _select(path: Path, names: Iterable[str], part: Part, in_folder: bool) -> dict[str, str]:
     """The names that belong to `part`, by what is left of them without their prefix."""
     plain = {name.removeprefix("state_dict."): name for name in names}
+    alone = in_folder or (part is VAE_PART and "decoder.conv_in.weight" in plain)
+    prefixes = ("",) if alone else part.prefixes
+    if part is UNET:
+        refuse_markers(plain, path)
     for mark, base in _OTHER_BASES.items():
         if any(name.startswith(mark) for name in plain):
             raise CheckpointError(f"{path} is {base}: {PASS_SD15}")
@@ -208,14 +222,17 @@ def _select(path: Path, names: Iterable[str], part: Part, prefixes: tuple[str, .
     if not chosen:
         raise CheckpointError(f"{path} holds no {part.name} (no tensor is named "
                               f"{' or '.join(prefixes)}…): pass a whole Stable Diffusion 1.5 "
-                              "checkpoint or its folder")
+                              f"checkpoint or its folder{_OR_ALONE[part is VAE_PART]}")
     return {short: full for short, full in chosen.items()
             if not short.startswith(_IGNORED_PREFIXES)}
 
 
 def _files_in_folder(path: Path, part: Part) -> list[Path]:
     """The part's files in a folder of the diffusers layout, full precision before fp16."""
+    check_readable(path)
     for folder in (path / part.folder, path):
+        if folder.exists():
+            check_readable(folder)
         for variant in ("", ".fp16"):
             whole = folder / f"{part.stem}{variant}.safetensors"
             if whole.is_file():
@@ -224,7 +241,7 @@ def _files_in_folder(path: Path, part: Part) -> list[Path]:
             if index.is_file():
                 return [folder / shard for shard in _shards(index)]
     raise CheckpointError(f"{path} has no {part.folder}/{part.stem}.safetensors: pass the folder "
-                          "of a whole model, saved as safetensors")
+                          f"of a whole model, saved as safetensors{_OR_ALONE[part is VAE_PART]}")
 
 
 def _shards(index: Path) -> list[str]:
@@ -244,50 +261,12 @@ def _refuse_other_unets(tensors: Mapping[str, Tensor], config: UNetConfig,
     for name, tensor in tensors.items():
         width = tensor.shape[1] if tensor.ndim > 1 else 0
         is_first = name in ("input_blocks.0.0.weight", "conv_in.weight")
-        if is_first and width == 9 != config.in_channels:
+        if is_first and width == 9 != config.out_channels:
             raise CheckpointError(f"{source} is an inpainting model, with 9 input channels: pass "
                                   "the Stable Diffusion 1.5 checkpoint for text to image")
         reads_prompt = name.endswith("attn2.to_k.weight")
-        if reads_prompt and width in _OTHER_CONTEXT_DIMS and width != config.context_dim:
-            raise CheckpointError(f"{source} is {_OTHER_CONTEXT_DIMS[width]}: {PASS_SD15}")
-
-
-# ------------------------------------------------------------------------------- configurations
-
-
-def read_config(kind: type, stored: str, source: str | Path):
-    """The configuration of class `kind` that a file carries as JSON; "{}" is the default one.
-
-    Raises CheckpointError where it is damaged, or has settings that `kind` has not.
-    """
-    try:
-        default, values = kind(), json.loads(stored)
-        for name, value in values.items():
-            values[name] = value = tuple(value) if isinstance(value, list) else value
-            if not (_same_type(value, getattr(default, name)) and _plausible(name, value)):
-                raise ValueError(f"{name} is {value!r}")
-        return kind(**values)
-    except (ValueError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
-        raise CheckpointError(f"{source} carries settings of a {kind.__name__} that can't be read "
-                              f"({error}): save it again, or {PASS_SD15}") from error
-
-
-def _same_type(value, default) -> bool:
-    """Whether a setting is of the type of its default; fractions must be finite and positive."""
-    if isinstance(default, tuple):
-        return (isinstance(value, tuple) and value != ()
-                and all(_same_type(v, default[0]) for v in value))
-    if isinstance(default, float):
-        return isinstance(value, int | float) and math.isfinite(value) and value > 0
-    return type(value) is type(default)
-
-
-def _plausible(name: str, value) -> bool:
-    """Whether a size could be meant. A damaged file must not cost hours or all the memory."""
-    if isinstance(value, tuple):
-        return len(value) <= 8 and all(_plausible(name, v) for v in value)
-    most = 64 if name in ("layers", "num_res_blocks") else 1 << 16
-    return not isinstance(value, int) or 0 <= value <= most
+        if reads_prompt and width != config.context_dim:
+            refuse_other_context(width, source)
 
 
 # ------------------------------------------------------------------------------- into a network

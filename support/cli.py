@@ -154,6 +154,9 @@ def run_command(prog: str, command: Callable[[], object], memory_advice: str,
     except (MemoryError, RuntimeError) as error:
         if is_out_of_memory(error):
             code, sentence = 2, f"out of memory: {memory_advice}"
+        elif str(error).startswith("DataLoader worker"):
+            code, sentence = 2, ("a process that loads images was killed, as happens where memory "
+                                 f"runs out: {memory_advice}")
         elif is_compile_error(error):
             code, sentence = 2, ("--compile can't be used here, leave it out "
                                  f"({str(error).strip().splitlines()[0]})")

@@ -27,14 +27,24 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from support.base import Base
-from support.captions import DATA_FORMS, Example, ExampleIndex, read_examples
-from support.cli import BadInput, require
-from support.distributed import barrier, rank, world_size
+from support.captions import (
+    DATA_FORMS,
+    Example,
+    ExampleIndex,
+    LeftOut,
+    notes_on,
+    read_examples,
+    why,
+)
+from support.cli import BadInput, one_line, require
+from support.distributed import barrier, print_once, rank, world_size
 from support.files import save_tensors, sync
+from support.images import to_rgb
 
 WORKERS = 4             # processes that decode images for one GPU; 4 decode some 300 a second
 MAX_BYTES = 2**28       # of an image's file; what is larger is no image that anyone trains on
 ENCODE_BATCH = 8        # images the VAE encodes at once: each takes much memory at 512 pixels
+LOOKED_AT = 1000        # captions that are tokenized at the start to see how many are cut
 
 
 # ------------------------------------------------------------------------------- one image
@@ -43,15 +53,7 @@ def square(file: BinaryIO, size: int) -> Tensor:
     """(3, size, size) uint8: upright, on white, the middle cut out and resized."""
     image = Image.open(file)
     image.draft(None, (2 * size, 2 * size))               # a large JPEG need not be read in full
-    image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I"):                                             # 16 bits, grey
-        image = Image.fromarray((np.asarray(image).clip(0, 65535) / 257).astype(np.uint8))
-    if image.mode == "F":
-        raise ValueError("an image of floating-point numbers")
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    image = ImageOps.fit(image.convert("RGB"), (size, size), Image.Resampling.LANCZOS)
+    image = ImageOps.fit(to_rgb(image), (size, size), Image.Resampling.LANCZOS)
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
@@ -77,13 +79,9 @@ def stand_ins(row: int, count: int) -> Iterator[int]:
 
 
 def file_stamp(file: str) -> tuple:
-    """A file's name, size and time of change, which tell that it is still the same."""
-    try:
-        stat = os.stat(file)
-    except OSError:
-        return (file,)
-    except ValueError as error:
-        raise BadInput(f"--data: no file can be called {file!r} ({error})") from error
+    """A file's name, size and time of change, which tell that it is still the same. Raises OSError
+    where there is none, and ValueError for a name that no file can have."""
+    stat = os.stat(file)
     return os.path.basename(file), stat.st_size, stat.st_mtime_ns
 
 
@@ -94,30 +92,51 @@ class CaptionedImages(Dataset):
 
     base: its VAE and text encoder encode them. size: side in pixels, to which images are cut.
     Row r has an image where r < image_count. `side` is the latents' side, `identity` a hash of all
-    names, captions, sizes and times of files, and `skipped` says what is wrong, by row or file.
-    Raises BadInput where there is nothing to train on.
+    names, captions, sizes and times of files. `left_out` counts what was no example; `skipped` has
+    the name of an image that was one but can't be used, and what is wrong, by row. Prints how many
+    examples there are. Raises BadInput where there is nothing to train on.
     """
 
     def __init__(self, base: Base, given: Sequence[str], size: int):
         self.base = base
         self.size = size
         self.side = size // 8
-        self.image_count = 0
-        self.skipped: dict[int | str, str] = {}
+        self.image_count = self.empty = 0
+        self.skipped: dict[int, tuple[str, str]] = {}
+        self.left_out = LeftOut()
         self.index = ExampleIndex()
         self.identity = self._fill_index(given)
+        left = self.left_out.summary("left out")
         require((not len(self), f"--data {' '.join(given)} holds no image with a caption and no "
-                                f"prompt{self.skipped_summary()}: {DATA_FORMS}"))
+                                f"prompt{f' ({left})' * bool(left)}: {DATA_FORMS}"))
         if self.image_count:
             self.usable(0)                      # where no image can be used, it says so now
+        print_once(*self.notes())
+
+    def notes(self) -> list[str]:
+        """How many examples are used, what was left out, and what the captions lose: of a sample,
+        since tokenizing a million would take many minutes."""
+        left = self.left_out.summary("left out") or "none left out"
+        empty = f"; {self.empty:,} of them with an empty caption" if self.empty else ""
+        rows = range(0, len(self), math.ceil(len(self) / LOOKED_AT))
+        noun = "caption" if len(rows) == len(self) else "sampled caption"
+        return [one_line(f"--data: {len(self):,} used{empty}; {left}"),
+                *notes_on(self.captions(rows), self.base.tokenizer, noun)]
 
     def _fill_index(self, given: Sequence[str]) -> str:
         digest = hashlib.sha256()
         stamp = functools.lru_cache(64)(file_stamp)           # a shard's is wanted for each image
-        for example in tqdm(read_examples(given, self._skip), "reading names", leave=False):
-            digest.update(repr((stamp(example.file), *example[1:])).encode())
+        examples = read_examples(given, self.left_out.add)
+        for example in tqdm(examples, "reading names", leave=False):
+            try:
+                stamped = stamp(example.file) if example.file else ("",)
+            except (OSError, ValueError) as error:
+                self.left_out.add(example.file, f"without a file: {why(error)}")
+                continue
+            digest.update(repr((stamped, *example[1:])).encode())
             self.index.append(example)
             self.image_count += example.file != ""
+            self.empty += not example.caption
         self.index.flush()
         return digest.hexdigest()
 
@@ -136,8 +155,7 @@ class CaptionedImages(Dataset):
 
     def prompt_states(self, rows: Iterable[int]) -> Tensor:
         """(B, L, D) float32: what the text encoder says of these rows' captions."""
-        with torch.autocast(self.base.device.type, enabled=False):
-            return self.base.embed(self.captions(rows)).float()
+        return self.base.embed(self.captions(rows))
 
     # -- images
 
@@ -191,29 +209,23 @@ class CaptionedImages(Dataset):
         example = self.index[row]
         try:
             return read_image(example, self.size)
+        except UnidentifiedImageError:                  # names a buffer, not the file
+            self.skipped[row] = example.file, "not an image that Pillow reads"
         except Exception as error:                      # on damaged files decoders raise anything
-            self._skip(example.file, error, row)
-            return None
+            self.skipped[row] = example.file, why(error)
+        return None
 
     def moments(self, images: Tensor) -> Tensor:
         """(B, 2 Z, H, W) float32, mean and log-variance of the latents, unscaled, of images (B, 3,
         8 H, 8 W) uint8 from `batches`. Sampling and scaling them is left to `VAE.sample`."""
-        with torch.autocast(self.base.device.type, enabled=False):
-            parts = [self.base.vae.encode(part.to(self.base.device).float() / 127.5 - 1)
-                     for part in images.split(ENCODE_BATCH)]
-        return torch.cat(parts).float()
-
-    # -- what was skipped
-
-    def _skip(self, file: str, error: Exception, row: int | None = None) -> None:
-        unknown = isinstance(error, UnidentifiedImageError)       # it names a buffer, not the file
-        reason = "no image" if unknown else str(error) or type(error).__name__
-        self.skipped[file if row is None else row] = f"{file} ({reason})"
+        parts = [self.base.vae.encode(part.to(self.base.device).float() / 127.5 - 1)
+                 for part in images.split(ENCODE_BATCH)]
+        return torch.cat(parts)
 
     def skipped_summary(self) -> str:
-        """" (3 skipped: a; b; c)": how many, and the first few by name; "" where none were."""
-        few = "; ".join(itertools.islice(self.skipped.values(), 3))
-        return f" ({len(self.skipped)} skipped: {few})" if few else ""
+        """" (3 skipped: …)": images that can't be used, by what is wrong; "" where none are."""
+        summary = LeftOut(self.skipped.values()).summary("skipped")
+        return f" ({summary})" * bool(summary)
 
 
 def worker_count(device: torch.device) -> int:
@@ -256,7 +268,9 @@ class CachedImages(CaptionedImages):
         barrier()
         self.good = torch.cat([self.open_shard(i).get_tensor("good") for i in numbers])
         for row in (~self.good).nonzero().flatten().tolist():
-            self.skipped.setdefault(row, f"{self.index[row].file} (not usable when cached)")
+            self.skipped.setdefault(row, (self.index[row].file, "not usable when cached"))
+        if self.skipped:
+            print_once(f"--cache: {self.good.sum():,} images cached{self.skipped_summary()}")
 
     def _key(self) -> str:
         """A hash of all that decides what the cache holds."""

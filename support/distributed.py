@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import shlex
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -113,5 +114,14 @@ def rank_zero_only(function: Callable) -> Callable:
 
 def print_once(*lines: str, file=None) -> None:
     """Prints each line, in the first process only."""
-    if rank() == 0:
-        print(*lines, sep="\n", file=file)
+    for line in lines if rank() == 0 else ():
+        print(line, file=file)
+
+
+def command_line(script: str, words: list[str]) -> str:
+    """The command, as for a shell, that starts a script with these words, in as many processes."""
+    # Without -- torchrun takes --run for an abbreviation of a flag of its own.
+    torchrun = ["torchrun", f"--nproc_per_node={processes_here()}", "--"]
+    start = torchrun if world_size() > 1 else ["python"]
+    nodes = " (and torchrun's other flags as before, on every node)"
+    return shlex.join([*start, script, *words]) + nodes * (processes_here() < world_size())

@@ -9,7 +9,7 @@ finishes sooner than Python can launch them: so they are recorded as a CUDA grap
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Container
 
 import torch
 from torch import Tensor, nn
@@ -26,14 +26,16 @@ from unet import Attention, Encoder, ResBlock, TransformerBlock, UNet
 def sample(unet: UNet, z: Tensor, c: Tensor, g: float, steps: int, guide: nn.Module | None = None,
            empty: Tensor | None = None, sampler: str = "ddim",
            progress: Callable[[], object] = lambda: None,
-           step: Callable[..., Tensor] | None = None) -> Tensor:
+           step: Callable[..., Tensor] | None = None, grid: list[int] | None = None,
+           guided: Container[int] | None = None) -> Tensor:
     """As `ppdd.sample`; CFG's two passes are one batch of 2 B. step is what to call at each step,
-    by default `predict_step`, on a GPU recorded as a CUDA graph.
+    by default `predict_step`, on a GPU recorded as a CUDA graph. grid is the N + 1 timesteps, by
+    default `step_grid`'s; guided the steps, from 0, in which CFG guides, by default all.
 
     From here on the networks accept what was computed beforehand; otherwise they stay as they are.
     """
     step = step or captured(predict_step, z.device)
-    grid = step_grid(steps)
+    grid = grid or step_grid(steps)
     twice = guide is None and empty is not None
     times = torch.tensor(grid[:-1], device=z.device)
     embs = unet.embed_time(times)                                             # (N, E)
@@ -47,7 +49,9 @@ def sample(unet: UNet, z: Tensor, c: Tensor, g: float, steps: int, guide: nn.Mod
     def predict(z: Tensor, t: int) -> Tensor:
         progress()
         i = place[t]
-        return step(unet, z, shifts[i], prompt, guidance, twice, guide, *known[i])
+        if not twice or guided is None or i in guided:
+            return step(unet, z, shifts[i], prompt, guidance, twice, guide, *known[i])
+        return step(unet, z, shifts[i], prompt[:len(z)], guidance, False)
 
     return SAMPLERS[sampler](predict, z, grid)
 

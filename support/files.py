@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -20,6 +21,25 @@ from support.cli import BadInput
 def expand(path: str | Path) -> Path:
     """The path, with ~ for the home folder."""
     return Path(os.path.expanduser(path))
+
+
+def check_readable(path: str | Path) -> None:
+    """Raises OSError, with the reason, where a file or folder is missing or can't be read."""
+    os.stat(path)                           # `exists` would say "no" where this is not permitted
+    if not os.access(path, os.R_OK | (os.X_OK if os.path.isdir(path) else 0)):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+
+def files_in(folder: str | Path, pattern: str) -> list[Path]:
+    """What matches a pattern in a folder, sorted; nothing where there is no such folder.
+
+    Raises OSError where the folder can't be read: `glob` would find nothing.
+    """
+    try:
+        check_readable(folder)
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    return sorted(Path(folder).glob(pattern))
 
 
 @contextmanager
@@ -84,7 +104,10 @@ def writable_folder(name: str | Path) -> Path:
     """The folder, made where it is missing; raises OSError where nothing can be written to it."""
     path = expand(name)
     path.mkdir(parents=True, exist_ok=True)
-    tempfile.TemporaryFile(dir=path).close()
+    try:
+        tempfile.TemporaryFile(dir=path).close()
+    except OSError as error:                            # which names a file that nobody asked for
+        raise OSError(error.errno, error.strerror, str(path)) from None
     return path
 
 

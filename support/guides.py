@@ -25,7 +25,7 @@ from support.checkpoint import (
     read_tensors,
 )
 from support.cli import BadInput
-from support.files import expand, save_tensors, write_text
+from support.files import expand, files_in, save_tensors, write_text
 from unet import UNetConfig, folder_names
 
 # A guide of stage one serves any schedule. The first halving starts from it on 64 steps, so where
@@ -46,6 +46,11 @@ class GuideFile(NamedTuple):
         """The number of steps it was halved to; `STAGE_ONE_STEPS` where it never was."""
         return self.about.get("steps") or STAGE_ONE_STEPS
 
+    @property
+    def trial(self) -> int:
+        """Where --max-updates cut its stages short: to how many updates; else 0."""
+        return (self.about.get("settings") or {}).get("max_updates") or 0
+
 
 # ------------------------------------------------------------------------------- files
 
@@ -62,26 +67,25 @@ def read_guide(path: str | Path) -> GuideFile:
     """A guide file's metadata, without its weights. Raises CheckpointError."""
     _, metadata = read_tensors(path, lambda names: {})
     try:
-        config = read_config(GuideConfig, _without_pool(metadata["guide"]), path)
+        values = json.loads(metadata["guide"])
+        pool = values.pop("pool", "attention")          # named by older files
+        config = read_config(GuideConfig, json.dumps(values), path)
         about = json.loads(metadata["about"])
         low, high = about.get("g_range") or (0, 1)
+        counts = [about.get("updates"), *((about.get(part) or {}).get(k) for part, k in (
+            ("settings", "updates"), ("settings", "max_updates"), ("init", "updates")))]
         if not (0 <= (about.get("steps") or 0) <= TIMESTEPS and math.isfinite(high - low)
-                and isinstance(about.get("updates", 0), int)):
+                and all(isinstance(count, int | None) for count in counts)):
             raise ValueError("steps, g_range or updates")
         shape = metadata.get("unet_config")
         base_config = None if shape is None else read_config(UNetConfig, shape, path)
-        return GuideFile(config, about, base_config)
     except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{path} is not a guide: pass a .safetensors that train.py saved"
                               ) from error
-
-
-def _without_pool(stored: str) -> str:
-    """Older files name how the text is pooled, of which attention is the one way left."""
-    values = json.loads(stored)
-    if values.get("pool") == "attention":
-        del values["pool"]
-    return json.dumps(values)
+    if pool != "attention":
+        raise CheckpointError(f"{path} was trained with an option that is gone, --pool {pool}: "
+                              "train it again without it")
+    return GuideFile(config, about, base_config)
 
 
 def load_guide(path: Path, base: UNetConfig, dtype: torch.dtype = torch.float32,
@@ -126,7 +130,7 @@ def find_guide(base: Base, kind: str, steps: int, folder: str = "") -> Path | No
 
     `folder` comes before guides/BASE, and that before guides of other bases and the bundled ones.
     Then come the base's own, those distilled for about so many steps, and those of the paper's
-    form. Guides for a single g are for whoever names them.
+    form. Guides for a single g are for whoever names them, and so are trials in guides/.
     """
     ranked = []
     for pool, path in _candidates(base, folder):
@@ -135,7 +139,7 @@ def find_guide(base: Base, kind: str, steps: int, folder: str = "") -> Path | No
         except CheckpointError:
             continue                                    # another file that lies there
         low, high = file.about.get("g_range") or (0, 1)
-        if file.config.kind == kind and low < high:
+        if file.config.kind == kind and low < high and not (file.trial and pool):
             distance = abs(math.log(steps / file.steps))
             ranked.append((pool, file.about.get("base") != base.name, distance,
                            file.config.form != "sum", path))
@@ -145,16 +149,16 @@ def find_guide(base: Base, kind: str, steps: int, folder: str = "") -> Path | No
 def _candidates(base: Base, folder: str) -> Iterator[tuple[int, Path]]:
     """Files that may be guides, each with the rank of the place it lies in."""
     if folder:
-        yield from ((0, path) for path in expand(folder).glob("**/*.safetensors"))
-    yield from ((1, path) for path in (Path("guides") / base.name).glob("*.safetensors"))
-    yield from ((2, path) for path in Path("guides").glob("*/*.safetensors"))
-    yield from ((2, path) for path in BUNDLED.glob("*.safetensors"))
+        yield from ((0, path) for path in files_in(expand(folder), "**/*.safetensors"))
+    yield from ((1, path) for path in files_in(Path("guides") / base.name, "*.safetensors"))
+    yield from ((2, path) for path in files_in("guides", "*/*.safetensors"))
+    yield from ((2, path) for path in files_in(BUNDLED, "*.safetensors"))
 
 
 def guide_path(base: Base, name: str) -> Path:
     """The guide of a name, as full-16, in guides/BASE or among the miniature's, or in that file.
 
-    Raises BadInput where there is none.
+    Trials count only by their file. Raises BadInput where there is none.
     """
     if name.endswith(".safetensors"):
         return expand(name)
@@ -162,20 +166,45 @@ def guide_path(base: Base, name: str) -> Path:
     if base.is_miniature:
         places.append(BUNDLED / f"{name}.safetensors")
     for place in places:
-        if place.is_file():
+        if place.is_file() and not read_guide(place).trial:
             return place
-    raise BadInput(f"there is no {places[0]}: train.py makes guides")
+    trial = ", but for a trial, which is used by its file" if places[0].is_file() else ""
+    raise BadInput(f"there is no {places[0]}{trial}: train.py makes guides")
 
 
 def describe_guide(path: Path, about: dict, base: Base) -> str:
-    """A line on which guide is used, for what it was made, and on which base."""
+    """A line on which guide is used, for what it was made, how long, and on which base."""
     steps, made_on = about.get("steps"), about.get("base")
     parts = [f"guide: {path}, distilled on {made_on} for {steps or 'any'} steps"]
+    if updates := _updates_in_words(about):
+        parts.append(f"after {updates} updates")
+    if limit := GuideFile(GuideConfig(), about, None).trial:
+        parts.append(f"a trial of at most {limit} a stage")
     if made_on != base.name:
         parts.append(f"plugged into {base.name} as it is")
     if about.get("uncond"):
         parts.append(f"away from {about['uncond']!r}")
     return ", ".join(parts)
+
+
+def doubts_about(path: Path, file: GuideFile, g: float, steps: int, sampler: str) -> list[str]:
+    """Why a guide may not do well with these settings, a line a reason."""
+    low, high = file.about.get("g_range") or (g, g)
+    halved_to = file.about.get("steps") or 0                # 0: of stage one, for any number
+    reasons = ((not low <= g <= high, f"was trained for g from {low:g} to {high:g}"),
+               (steps < halved_to, f"was distilled for {halved_to} steps; {steps} are fewer"),
+               (halved_to and sampler == "plms", "was distilled for DDIM's steps, not for PLMS"))
+    return [f"{path.stem} {reason}" for holds, reason in reasons if holds]
+
+
+def _updates_in_words(about: dict) -> str:
+    """The updates of all stages that made a guide: "6,000 + 3 × 500"; "" where it isn't known."""
+    last, settings, init = (about.get(k) for k in ("updates", "settings", "init"))
+    if not last or about.get("stage", 0) not in range(1, 11):
+        return f"{last:,}" if last else ""
+    halved_before = (init or {}).get("steps")           # of those before, the file doesn't know
+    first = "" if halved_before else (init or settings or {}).get("updates")
+    return f"{first:,} + {about['stage']} × {last:,}" if first else f"{about['stage']} × {last:,}"
 
 
 # ------------------------------------------------------------------------------- other tools

@@ -9,7 +9,8 @@ import textwrap
 import unicodedata
 from pathlib import Path
 
-from PIL import Image, ImageDraw, ImageFont
+import numpy as np
+from PIL import ExifTags, Image, ImageDraw, ImageFont, ImageOps
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
@@ -21,6 +22,22 @@ from support.files import atomic_write
 def to_image(pixels: Tensor) -> Image.Image:
     """An image (3, H, W), uint8, as Pillow's."""
     return Image.fromarray(pixels.permute(1, 2, 0).contiguous().cpu().numpy())
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """The image as it is seen: upright, on white, 16 bits of grey as 8. Raises ValueError.
+
+    Pillow's own conversion clips 16 bits to white, and shows what is hidden by transparency.
+    """
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I"):                                             # 16 bits, grey
+        image = Image.fromarray((np.asarray(image).clip(0, 65535) / 257).astype(np.uint8))
+    if image.mode == "F":
+        raise ValueError("an image of floating-point numbers")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
 
 
 def enlarge(image: Image.Image, side: int) -> Image.Image:
@@ -58,15 +75,35 @@ def parameters_text(prompt: str, negative: str = "", **settings: object) -> str:
     return "\n".join([*lines, ", ".join(items)])
 
 
-def prompt_in_png(path: Path) -> str:
-    """The prompt in a file's `parameters`, or "" where there is none or the file is no image."""
+def prompt_in_image(path: Path) -> str:
+    """The prompt that an image was made from, or "" where it says none or the file is no image.
+
+    It is read from the text chunk `parameters` of a PNG, or from the EXIF of a JPEG or WebP.
+    """
     try:
         with Image.open(path) as image:
-            text = str(image.info.get("parameters", ""))
+            comment = image.getexif().get_ifd(ExifTags.IFD.Exif).get(ExifTags.Base.UserComment, b"")
+            return prompt_of(str(image.info.get("parameters", "")) or _user_comment(comment))
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
         return ""
-    above_settings = text.rpartition("\nSteps: ")[0]
-    return above_settings.partition("\nNegative prompt: ")[0]
+
+
+def prompt_of(parameters: str) -> str:
+    """The prompt in the text of `parameters`; "" where it is empty, or no settings follow it."""
+    above_settings = "\n" + parameters.rpartition("\nSteps: ")[0]
+    return above_settings.partition("\nNegative prompt: ")[0].strip()
+
+
+def _user_comment(comment: bytes | str) -> str:
+    """The text of EXIF's UserComment: eight bytes name its encoding."""
+    if isinstance(comment, str):
+        return comment
+    code, text = comment[:8], comment[8:]
+    if code != b"UNICODE\0":
+        return text.decode(errors="replace")
+    # UTF-16; the standard leaves the order of bytes open. In most texts every high byte is zero.
+    big_endian = text[::2].count(0) >= text[1::2].count(0)
+    return text.decode("utf-16-be" if big_endian else "utf-16-le", errors="replace")
 
 
 def _plain(text: str) -> str:
@@ -107,17 +144,25 @@ def slug(prompt: str) -> str:
 
 # ------------------------------------------------------------------------------- sheets
 
-def contact_sheet(images: list[Image.Image]) -> Image.Image:
-    """The images on white, four in a row, or eight where there are more than 16."""
-    images = [enlarge(image, 192) for image in images]
+def contact_sheet(images: list[Image.Image], captions: list[str]) -> Image.Image:
+    """The images on white, each above its caption: four in a row, or eight where there are more
+    than 16. They are enlarged to at least 256 pixels, and captions are cut after three lines."""
+    images = [enlarge(image, 256) for image in images]
     columns = min(len(images), 4 if len(images) <= 16 else 8)
-    rows = math.ceil(len(images) / columns)
     width, height = images[0].size
-    gap = width // 24
-    sheet = Image.new("RGB", (columns * (width + gap) + gap, rows * (height + gap) + gap), "white")
-    for i, image in enumerate(images):
+    unit = width / 256                                # text and margins grow with the images
+    gap = round(10 * unit)
+    captions = [_wrap(one_line(caption), 38, max_lines=3) for caption in captions]
+    lines = max(caption.count("\n") + 1 for caption in captions)
+    across, down = width + gap, height + gap + round(18 * unit * lines)
+    rows = math.ceil(len(images) / columns)
+    sheet = Image.new("RGB", (columns * across + gap, rows * down + gap), "white")
+    draw, small = ImageDraw.Draw(sheet), ImageFont.load_default(13 * unit)
+    for i, (image, caption) in enumerate(zip(images, captions)):
         row, column = divmod(i, columns)
-        sheet.paste(image, (gap + column * (width + gap), gap + row * (height + gap)))
+        x, y = gap + column * across, gap + row * down
+        sheet.paste(image, (x, y))
+        draw.text((x, y + height + 4 * unit), caption, "#555", small)
     return sheet
 
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import functools
+import os
 import platform
 import subprocess
+import sys
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from importlib.metadata import distributions
@@ -15,6 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from support.cli import BadInput
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+FEW_THREADS = 4
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -43,8 +47,31 @@ def auto_dtype(device: torch.device | str) -> str:
 
 
 def resolve_dtype(name: str, device: torch.device | str) -> torch.dtype:
-    """The dtype of a name: fp32, bf16, fp16, or "auto" for `auto_dtype`."""
-    return DTYPES[auto_dtype(device) if name == "auto" else name]
+    """The dtype of a name: fp32, bf16, fp16, or "auto" for `auto_dtype`.
+
+    Warns once of one that this CPU has no units for, which can be 200 times slower than fp32.
+    """
+    name = auto_dtype(device) if name == "auto" else name
+    if torch.device(device).type == "cpu" and name != "fp32":
+        _warn_without_units(name)
+    return DTYPES[name]
+
+
+@functools.cache
+def _warn_without_units(dtype: str) -> None:
+    able = getattr(torch.ops.mkldnn, f"_is_mkldnn_{dtype}_supported", lambda: True)
+    if torch.backends.mkldnn.is_available() and not able():
+        print(f"warning: this CPU has no {dtype} units: --dtype fp32 is many times faster",
+              file=sys.stderr)
+
+
+def use_few_threads() -> None:
+    """For small networks, and where a GPU computes: more CPU threads would wait for each other.
+
+    OMP_NUM_THREADS, where it is set, decides instead.
+    """
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(min(torch.get_num_threads(), FEW_THREADS))
 
 
 def math_attention(device: torch.device | str) -> AbstractContextManager:

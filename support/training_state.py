@@ -1,4 +1,4 @@
-"""The folder of a training run: its lock, its checkpoints and its log.
+"""The folder of a training run: its lock, its checkpoints and its log; and how its updates went.
 
 A checkpoint is one safetensors file with every tensor that the run goes on from, and the rest as
 JSON in its metadata. Older ones go only once a newer one is safely on disk.
@@ -8,19 +8,22 @@ from __future__ import annotations
 
 import fcntl
 import json
+import math
 import shutil
+import time
 import warnings
 from contextlib import suppress
 from pathlib import Path
 from typing import TextIO
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from support.checkpoint import CheckpointError
-from support.cli import BadInput
-from support.distributed import barrier, rank
+from support.cli import BadInput, flag_of, require
+from support.distributed import barrier, print_once, rank
 from support.files import atomic_write, save_tensors, sync
 from support.guides import read_guide
 
@@ -122,6 +125,107 @@ class RunFolder:
                 if (json.loads(line)["stage"], json.loads(line)["update"]) <= (stage, update)]
         with atomic_write(self.log_file) as temporary:
             temporary.write_text("".join(line + "\n" for line in kept))
+
+
+def refuse_other_run(folder: Path, before: dict, now: dict, may_change: set[str]) -> None:
+    """Raises BadInput where a checkpoint is of another run than the one asked for.
+
+    before and now are what a checkpoint notes: `config`, `base_hash`, `data` (its identity) and the
+    guide's `stage`.
+    """
+    then, settings = before["config"], json.loads(json.dumps(now["config"]))
+    changed = [f"{flag_of(k)} {_as_flag(then.get(k))}" for k in settings
+               if k not in may_change and then.get(k) != settings[k]]
+    other_data = before["data"] != now["data"]
+    limit = then.get("max_updates")
+    require(
+        (changed, f"{folder} was begun with {', '.join(changed)}: give the same, or another --run"),
+        (before["base_hash"] != now["base_hash"],
+         f"{folder} was begun on another base: give the same --weights "
+         "and --vae, or another --run"),
+        (other_data and settings["data"] != then["data"],
+         f"{folder} was begun with other --data: give the same, or another --run"),
+        (other_data and not settings["data"],
+         f"{folder} was begun with other postcards: give --images {then['images']} as then"),
+        (before["stage"] and limit and not settings["max_updates"],
+         f"{folder} ended stage one after at most {limit} updates: give --max-updates {limit} as "
+         "then, or another --run"))
+    if other_data:
+        print_once("the data is not what it was: the run goes on with what is there now")
+
+
+def _as_flag(value) -> str:
+    """A setting as it is written behind its flag."""
+    return " ".join(map(str, value)) if isinstance(value, list) else f"{value!s}" or "''"
+
+
+# ------------------------------------------------------------------------------- how updates went
+
+# A gradient so many times its usual norm stops the run: the guide would not recover.
+EXPLODED = 1000
+# Without guidance to explain, a correction is 0 but for rounding; a real one is about 0.01 or more.
+NO_CORRECTION = 1e-6
+
+
+class History:
+    """Loss, unexplained share and gradient norm of the last 50 updates."""
+
+    def __init__(self):
+        self.recent: list[tuple[float, float, float]] = []
+        self.corrected = False              # whether any update yet had a correction to learn
+
+    def add(self, loss: float, error: float, correction: float, norm: float) -> None:
+        there = correction > NO_CORRECTION
+        self.corrected |= there
+        share = error / correction if there else 1.0
+        self.recent = [*self.recent[-49:], (loss, share, norm)]
+
+    def means(self, count: int) -> tuple[float, float, float]:
+        """Of the last so many updates."""
+        return tuple(np.mean(self.recent[-count:], axis=0))
+
+    def usual_norm(self) -> float:
+        """Mean norm of the gradient lately; infinite while there is too little to tell."""
+        norms = [norm for _, _, norm in self.recent]
+        return float(np.mean(norms)) if len(norms) >= 10 else math.inf
+
+    def is_bad(self, loss: float, norm: float) -> bool:
+        """Whether an update with this loss and gradient would spoil the guide."""
+        return not (math.isfinite(loss) and math.isfinite(norm)
+                    and norm <= EXPLODED * self.usual_norm())
+
+
+class Pace:
+    """Seconds that an update takes, measured once, without the first ones, which take longer."""
+
+    SECONDS = 5                 # to measure for
+
+    def __init__(self, warm_up: int):
+        self.warm_up, self.done = warm_up, False
+        self.first = self.last = math.inf           # update of this stage: seen first, seen last
+        self.start: tuple[int, float] | None = None
+
+    def measure(self, update: int) -> float | None:
+        """To be called now and then, with the updates made in this stage; None but for once."""
+        now = time.monotonic()
+        if update <= self.last:                     # a stage begins
+            self.first, self.start = update, None
+        self.last = update
+        if self.start is None and update - self.first >= self.warm_up:
+            self.start = update, now
+        made, seconds = (update - self.start[0], now - self.start[1]) if self.start else (0, 0)
+        if self.done or not made or seconds < self.SECONDS:
+            return None
+        self.done = True
+        return seconds / made
+
+
+def duration(seconds: float) -> str:
+    """In words: "2 h 10 min", "12 min", "40 s"."""
+    minutes = round(seconds / 60)
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{minutes // 60} h {minutes % 60} min" if minutes >= 60 else f"{minutes} min"
 
 
 # ------------------------------------------------------------------------------- an optimiser's

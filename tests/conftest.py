@@ -77,6 +77,16 @@ def randomised(build, seed: int = 0) -> nn.Module:
     return module
 
 
+def shrink_features(module: nn.Module) -> None:
+    """Has a UNet or VAE work on features of about 1e-3, where normalisations' epsilons matter."""
+    ends = ("input_blocks.0.0", "conv_in", "in_layers.2", "emb_layers.1", "out_layers.3", "conv1",
+            "conv2", "proj_out")                                # of what makes features anew
+    for name, layer in module.named_modules():
+        if isinstance(layer, nn.Conv2d | nn.Linear):
+            for p in [layer.weight] * name.endswith(ends) + [layer.bias] * (layer.bias is not None):
+                p.mul_(1e-3)
+
+
 def noise(*shape: int, seed: int = 1) -> Tensor:
     """Standard normal numbers, the same at every call."""
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))

@@ -72,7 +72,7 @@ def refusal(capsys, *argv: object) -> str:
     with pytest.raises(SystemExit) as exit:
         script.main([*map(str, argv)])
     lines = capsys.readouterr().err.strip().splitlines()
-    assert exit.value.code == 2 and lines[-1].startswith("eval.py: "), lines
+    assert exit.value.code == 2 and lines[-1].startswith("eval.py"), lines
     return lines[-1]
 
 
@@ -108,7 +108,7 @@ def statistics_of(features: torch.Tensor, batch: int = 7) -> Statistics:
     return statistics
 
 
-def table(file: str = "results/table2.json") -> dict:
+def table(file: str = "runs/eval/table2.json") -> dict:
     """A result less what no two runs share: its times, and what says how it was run."""
     result = json.loads(Path(file).read_text())
     for base in result["bases"].values():

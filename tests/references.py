@@ -38,6 +38,7 @@ def diffusers_vae(config: VAEConfig):
         in_channels=config.in_channels, out_channels=config.out_channels,
         block_out_channels=[config.ch * m for m in config.ch_mult],
         layers_per_block=config.num_res_blocks, latent_channels=config.z_channels,
+        scaling_factor=config.scale_factor,
         down_block_types=["DownEncoderBlock2D"] * levels,
         up_block_types=["UpDecoderBlock2D"] * levels, norm_num_groups=config.norm_groups)
 

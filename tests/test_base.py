@@ -1,13 +1,22 @@
 """support/base.py: the three networks together, and where their weights are found."""
 
 import hashlib
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import TOY_VAE, noise, randomised
+from PIL import Image
+from references import diffusers_vae
+from safetensors.torch import save_file
 from torch import nn
+from toys import command, difference, here, refusal, toys  # noqa: F401 (fixtures)
 
+import eval as eval_script
+import sample
+import train
+from evaluation import sampling
 from support import base as module
 from support.base import (
     HUB_NAMES,
@@ -20,6 +29,8 @@ from support.base import (
     load_base,
     to_channels_last,
 )
+from support.checkpoint import load_vae, read_tensors
+from support.configs import CheckpointError
 from vae import VAE
 
 # ------------------------------------------------------------------------------- the networks
@@ -34,8 +45,18 @@ def test_a_base_is_loaded_whole_and_frozen(toy_base):
         assert not network.training and not any(p.requires_grad for p in network.parameters())
     states = base.embed(["a cat", ""])
     assert states.shape == (2, 77, 32) and states.dtype == torch.bfloat16
+    assert states.equal(base.text(base.tokenizer(["a cat", ""])))
     images = base.decode(noise(2, 4, 8, 8))
     assert images.shape == (2, 3, 64, 64) and images.dtype == torch.uint8
+
+
+@pytest.mark.parametrize("small", [True, False])
+def test_a_small_base_takes_few_threads(toy_base, monkeypatch, small):
+    calls = []
+    monkeypatch.setattr(Base, "is_miniature", small)
+    monkeypatch.setattr(module, "use_few_threads", lambda: calls.append(1))
+    load_base(toy_base)
+    assert len(calls) == small
 
 
 def test_an_image_that_overflows_is_decoded_again():
@@ -74,6 +95,16 @@ def test_so_many_are_decoded_at_once_as_make_up_one_of_512_pixels(side, parts):
     assert vae.parts == parts and len(images) == sum(parts) and (images == 128).all()
 
 
+def test_pixels_beyond_black_and_white_are_clamped():
+    class Plain(Counting):
+        def decode(self, z):
+            return z[:, :3]
+
+    z = torch.tensor([-3.0, -1, 0, 1, 3]).view(1, 1, 1, 5).expand(1, 4, 1, 5)
+    images = Base(None, Plain(), None, None, Path()).decode(z)
+    assert images[0, 0, 0].tolist() == [0, 0, 128, 255, 255]
+
+
 @pytest.mark.full
 def test_images_decoded_together_are_those_decoded_alone():
     """Alone, a convolution may round differently."""
@@ -98,6 +129,9 @@ def test_its_sha256_is_that_of_the_bytes(tmp_path):
         (tmp_path / part).mkdir()
         (tmp_path / part / "model.safetensors").write_bytes(b"more")
         assert (base_sha256(tmp_path) == before) == (part == "safety_checker")
+    before = base_sha256(tmp_path)
+    (tmp_path / "vae/config.json").write_text('{"scaling_factor": 1}')
+    assert base_sha256(tmp_path) != before
 
 
 def test_loras_change_its_sha256(tmp_path):
@@ -113,6 +147,89 @@ def test_on_a_cpu_nothing_is_laid_out_anew():
     conv = nn.Conv2d(4, 4, 3)
     strides = conv.weight.stride()
     assert to_channels_last(conv) is conv and conv.weight.stride() == strides
+
+
+# ------------------------------------------------------------------------------- another VAE
+
+
+def without_vae(base: Path, file: Path) -> Path:
+    tensors, metadata = read_tensors(base)
+    save_file({k: v for k, v in tensors.items() if not k.startswith("first_stage_model.")}, file,
+              metadata)
+    return file
+
+
+@pytest.fixture
+def other_vae(tmp_path) -> Path:
+    """The folder that diffusers saves a VAE to, with a scaling factor of its own."""
+    vae = randomised(lambda: diffusers_vae(replace(TOY_VAE, scale_factor=0.5)), seed=7)
+    vae.save_pretrained(tmp_path / "mse")
+    return tmp_path / "mse"
+
+
+def test_a_vae_of_another_file_replaces_the_checkpoint_s_or_stands_for_it(
+        toy_base, tmp_path, other_vae):
+    bare, expected = without_vae(toy_base, tmp_path / "toy.safetensors"), load_vae(other_vae)
+    with pytest.raises(CheckpointError, match="toy.safetensors holds no VAE .*--vae FILE"):
+        load_base(bare)
+    for path in (toy_base, bare):
+        base = load_base(path, vae=str(other_vae))
+        assert base.vae.config == expected.config and base.vae.config.scale_factor == 0.5
+        assert torch.equal(base.vae.decoder.conv_in.weight, expected.decoder.conv_in.weight)
+        assert base.name == "toy" and base.path == path
+    borrowed = load_base(bare, vae=toy_base)                        # from a whole checkpoint
+    z = noise(1, 4, 8, 8)
+    assert torch.equal(borrowed.decode(z), load_base(toy_base).decode(z))
+
+
+def test_another_vae_changes_its_sha256_and_is_described(toy_base, other_vae):
+    file = other_vae / "diffusion_pytorch_model.safetensors"
+    hashes = [load_base(toy_base, vae=vae).sha256 for vae in ("", other_vae, file, toy_base)]
+    assert len({*hashes}) == 4 and hashes[0] == base_sha256(toy_base)
+    settings = other_vae / "config.json"
+    settings.write_text(settings.read_text().replace("0.5", "0.25"))
+    assert load_base(toy_base, vae=other_vae).sha256 not in hashes
+    assert describe_base(toy_base, "x", "mse") == f"base: {toy_base}; its VAE is that of mse"
+
+
+@pytest.mark.parametrize("sizes", [{"z_channels": 8}, {"ch_mult": (1, 2, 2)}, {"in_channels": 1}])
+def test_a_vae_that_does_not_fit_is_refused(toy_base, tmp_path, sizes):
+    other = randomised(lambda: diffusers_vae(replace(TOY_VAE, **sizes)))
+    other.save_pretrained(tmp_path / "other")
+    with pytest.raises(CheckpointError, match="toy.safetensors with .*other .* do not fit toge"):
+        load_base(toy_base, vae=tmp_path / "other")
+
+
+def test_sample_paints_with_another_vae(here, toys, other_vae, capsys):  # noqa: F811
+    bare = without_vae(toys / "toy.safetensors", here / "bare.safetensors")
+    line = f"--guide none --steps 2 --prompt tree --weights {bare}"
+    assert "--vae FILE" in refusal(capsys, *line.split())
+    first, = command(f"{line} --vae {toys}/toy.safetensors")
+    assert "base: bare.safetensors; its VAE" in capsys.readouterr().out.replace(f"{here}/", "")
+    second = command(f"{line} --vae {other_vae}")[1]
+    assert difference(first, second) > 10
+    assert "VAE: mse" in Image.open(second).text["parameters"]
+
+
+def test_training_and_evaluation_take_another_vae(here, toys, other_vae):  # noqa: F811
+    path, given = toys / "toy.safetensors", {"vae": str(other_vae), "device": "cpu"}
+    base = sampling.load(eval_script.Config(**given), path)
+    trainer = train.prepare(train.Config(weights=str(path), run="run", batch=2, images=4,
+                                         max_updates=1, **given))
+    assert base.vae_path == trainer.base.vae_path == other_vae
+    assert base.sha256 == trainer.base_hash != base_sha256(path)
+
+
+@pytest.mark.parametrize("script", [sample, train, eval_script])
+def test_a_model_that_predicts_no_noise_is_refused_by_every_script(
+        here, toys, capsys, script):  # noqa: F811
+    """As a base to sample from and as a teacher alike."""
+    tensors, metadata = read_tensors(toys / "toy.safetensors")
+    save_file(tensors | {"v_pred": torch.ones(0)}, "v.safetensors", metadata)
+    command = ["table2"] * (script is eval_script)
+    with pytest.raises(SystemExit) as exit:
+        script.main([*command, "--weights", "v.safetensors", "--device", "cpu"])
+    assert exit.value.code == 2 and "has a tensor v_pred" in capsys.readouterr().err
 
 
 # ------------------------------------------------------------------------------- its name

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch import nn
 
 from support import capture
 
@@ -40,6 +41,25 @@ def test_what_is_no_tensor_is_part_of_the_recording(recorded):
     step = capture.Captured(lambda a, twice: 2 * a if twice else a)
     assert [step(torch.ones(1), twice).item() for twice in (False, True, False)] == [1, 2, 1]
     assert len(recorded) == 2
+
+
+def test_a_recording_goes_when_its_network_does(monkeypatch):
+    def record(call, warm_up):
+        output = call()
+        return lambda: None, output                 # like a CUDA graph it keeps no arguments
+
+    monkeypatch.setattr(capture, "record_graph", record)
+    step = capture.Captured(lambda network, x: network(x))
+    networks = [nn.Linear(2, 2) for _ in range(2)]
+    for network in networks:
+        for _ in range(2):
+            step(network, torch.ones(1, 2))
+        step(network, torch.ones(2, 2))
+    assert len(step.recordings) == 4
+    del networks[0], network
+    assert len(step.recordings) == 2
+    networks.clear()
+    assert not step.recordings
 
 
 def test_on_a_cpu_nothing_is_recorded():

@@ -3,6 +3,7 @@
 The well-known libraries write the files and are the reference for what they mean.
 """
 
+import inspect
 import json
 import shutil
 import subprocess
@@ -23,12 +24,22 @@ from conftest import (
     randomised,
     write_single_file,
 )
-from diffusers import DDIMScheduler, StableDiffusionPipeline
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    DPMSolverMultistepScheduler,
+    LCMScheduler,
+    PNDMScheduler,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+)
 from references import diffusers_unet, diffusers_vae, reference_text_encoder, text_weights
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from transformers import CLIPTextConfig
 
-from clip_text import TextEncoder
+from clip_text import TextConfig, TextEncoder
+from support import configs
 from support.checkpoint import UNET as UNET_PART
 from support.checkpoint import (
     CheckpointError,
@@ -45,10 +56,11 @@ from support.checkpoint import (
 )
 from support.cli import BadInput
 from unet import UNet, UNetConfig
-from vae import VAE
+from vae import VAE, VAEConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 PREFIX = "model.diffusion_model."
+BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 DEEP = replace(  # has what TOY_UNET lacks: a level without attention, two blocks a level
     TOY_UNET, channel_mult=(1, 2, 2), num_res_blocks=2, attention=(True, True, False))
 
@@ -80,7 +92,7 @@ def unet_network(config: UNetConfig) -> Network:
         lambda net: net(z, t, c).sample)
 
 
-def vae_network() -> Network:
+def vae_network(config: VAEConfig = TOY_VAE) -> Network:
     x, z = noise(1, 3, 32, 32).clamp(-1, 1), noise(1, 4, 4, 4)
 
     def ours(net: VAE) -> Tensor:
@@ -89,18 +101,18 @@ def vae_network() -> Network:
         return torch.cat([moments.flatten(), image.flatten()])
 
     def expected(net: nn.Module) -> Tensor:
-        q, image = net.encode(x).latent_dist, net.decode(z / TOY_VAE.scale_factor).sample
+        q, image = net.encode(x).latent_dist, net.decode(z / config.scale_factor).sample
         return torch.cat([q.mean.flatten(), q.logvar.flatten(), image.flatten()])
 
-    return Network(load_vae, randomised(lambda: diffusers_vae(TOY_VAE)), TOY_VAE, "vae",
+    return Network(load_vae, randomised(lambda: diffusers_vae(config)), config, "vae",
                    "vae_config", ("first_stage_model.", "vae.", "state_dict.first_stage_model."),
                    ours, expected)
 
 
-def text_network() -> Network:
+def text_network(config: TextConfig = TOY_TEXT) -> Network:
     ids = torch.randint(1000, (2, 77), generator=torch.Generator().manual_seed(1))
     return Network(
-        load_text_encoder, reference_text_encoder(TOY_TEXT), TOY_TEXT, "text_encoder",
+        load_text_encoder, reference_text_encoder(config), config, "text_encoder",
         "text_config",
         ("cond_stage_model.transformer.text_model.", "cond_stage_model.transformer."),
         lambda net: net(ids), lambda net: net(ids).last_hidden_state)
@@ -135,8 +147,9 @@ def folder(network, tmp_path) -> Path:
 def test_a_folder(network, tmp_path, options, inside):
     network.theirs.save_pretrained(tmp_path / network.folder, **options)
     assert bool([*tmp_path.rglob("*.index.json")]) == ("max_shard_size" in options)
-    path = tmp_path if inside else tmp_path / network.folder
-    network.check(network.load(path, config=network.config))
+    loaded = network.load(tmp_path if inside else tmp_path / network.folder)
+    assert loaded.config == network.config                          # from its config.json
+    network.check(loaded)
 
 
 def test_a_folder_prefers_full_precision(network, folder):
@@ -192,15 +205,219 @@ def test_the_text_encoder_s_keys_have_two_spellings(tmp_path, prefix):
 def test_a_folder_that_a_pipeline_saved(tmp_path, options):
     networks = [unet_network(TOY_UNET), vae_network(), text_network()]
     unet, vae, text = (network.theirs for network in networks)
+    scheduler = DDIMScheduler(**BETAS, clip_sample=False, steps_offset=1)
     pipe = StableDiffusionPipeline(
-        vae, text, None, unet, DDIMScheduler(clip_sample=False, steps_offset=1), None, None,
-        requires_safety_checker=False)
+        vae, text, None, unet, scheduler, None, None, requires_safety_checker=False)
     pipe.save_pretrained(tmp_path, **options)
     sharded = {p.parent.name for p in tmp_path.rglob("*.safetensors.index*.json")}
     assert sharded == ({"unet", "vae", "text_encoder"} if "max_shard_size" in options else set())
     assert ("variant" in options) == any(".fp16" in p.name for p in tmp_path.rglob("*"))
     for network in networks:
-        network.check(network.load(tmp_path, config=network.config))
+        network.check(network.load(tmp_path))
+
+
+# ------------------------------------------------------------------------------- what lies beside
+
+OTHER_SIZES = {
+    "unet": lambda: unet_network(replace(TOY_UNET, num_heads=2, norm_groups=4, context_dim=16)),
+    "vae": lambda: vae_network(replace(TOY_VAE, norm_groups=4, scale_factor=0.5, ch_mult=(1, 3))),
+    "text": lambda: text_network(replace(TOY_TEXT, heads=2, layers=1))}
+
+
+@pytest.mark.parametrize("name", OTHER_SIZES)
+def test_what_config_json_says_of_sizes_is_obeyed(tmp_path, name):
+    """Heads, groups and the scaling factor show in no shape."""
+    network = OTHER_SIZES[name]()
+    network.theirs.save_pretrained(tmp_path / network.folder)
+    loaded = network.load(tmp_path)
+    assert loaded.config == network.config
+    network.check(loaded)
+
+
+LIBRARIES = {
+    "unet": (UNet2DConditionModel, configs._unet_sizes, configs._UNET_ONLY),
+    "vae": (AutoencoderKL, configs._vae_sizes, configs._VAE_ONLY),
+    "text_encoder": (CLIPTextConfig, configs._text_sizes, configs._TEXT_ONLY)}
+
+
+@pytest.mark.parametrize("part", LIBRARIES)
+def test_a_key_that_is_absent_means_the_library_s_default(part):
+    """The libraries' own defaults, written down, are the same sizes; and nothing is refused."""
+    kind, sizes, only = LIBRARIES[part]
+    defaults = {key: list(p.default) if isinstance(p.default, tuple) else p.default
+                for key, p in inspect.signature(kind).parameters.items()}
+    assert {*only} - {*defaults} <= {"_class_name", "model_type"}
+    assert sizes({}, Path("x")) == sizes(defaults, Path("x"))
+    assert defaults.get("cross_attention_dim", 1280) == 1280        # not Stable Diffusion 1.5's
+
+
+OFFICIAL = {
+    "unet": {
+        "_class_name": "UNet2DConditionModel", "act_fn": "silu", "attention_head_dim": 8,
+        "block_out_channels": [320, 640, 1280, 1280], "center_input_sample": False,
+        "cross_attention_dim": 768, "downsample_padding": 1, "flip_sin_to_cos": True,
+        "down_block_types": ["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"], "freq_shift": 0,
+        "in_channels": 4, "layers_per_block": 2, "mid_block_scale_factor": 1, "norm_eps": 1e-05,
+        "norm_num_groups": 32, "out_channels": 4, "sample_size": 64,
+        "up_block_types": ["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 3},
+    "vae": {
+        "_class_name": "AutoencoderKL", "act_fn": "silu", "in_channels": 3, "out_channels": 3,
+        "block_out_channels": [128, 256, 512, 512], "latent_channels": 4, "layers_per_block": 2,
+        "down_block_types": ["DownEncoderBlock2D"] * 4, "norm_num_groups": 32, "sample_size": 512,
+        "up_block_types": ["UpDecoderBlock2D"] * 4},
+    "text_encoder": {
+        "architectures": ["CLIPTextModel"], "bos_token_id": 0, "eos_token_id": 2,
+        "hidden_act": "quick_gelu", "hidden_size": 768, "intermediate_size": 3072,
+        "layer_norm_eps": 1e-05, "max_position_embeddings": 77, "model_type": "clip_text_model",
+        "num_attention_heads": 12, "num_hidden_layers": 12, "pad_token_id": 1,
+        "projection_dim": 768, "vocab_size": 49408}}
+
+
+@pytest.mark.parametrize("kind", [UNetConfig, VAEConfig, TextConfig])
+def test_stable_diffusion_1_5_s_own_files_say_our_defaults(tmp_path, kind):
+    part = {UNetConfig: "unet", VAEConfig: "vae", TextConfig: "text_encoder"}[kind]
+    (tmp_path / "config.json").write_text(json.dumps(OFFICIAL[part]))
+    stored = configs.read_sizes(tmp_path / "config.json", part)
+    assert stored != "{}" and read_config(kind, stored, "x") == kind()
+
+
+REFUSED = [
+    ("unet", "act_fn", "gelu"), ("unet", "dual_cross_attention", True),
+    ("unet", "class_embed_type", "timestep"), ("unet", "resnet_time_scale_shift", "scale_shift"),
+    ("unet", "attention_head_dim", [5, 10, 20, 20]), ("unet", "layers_per_block", [1, 2, 2, 2]),
+    ("unet", "block_out_channels", [320, 480, 640, 640]), ("unet", "time_cond_proj_dim", 256),
+    ("unet", "transformer_layers_per_block", [1, 1, 2, 2]), ("unet", "mid_block_type", None),
+    ("unet", "up_block_types", ["UpBlock2D"] * 4), ("unet", "norm_eps", 1e-6),
+    ("unet", "down_block_types", ["AttnDownBlock2D"] * 4), ("unet", "only_cross_attention", True),
+    ("vae", "act_fn", "relu"), ("vae", "shift_factor", 0.1159), ("vae", "use_quant_conv", False),
+    ("vae", "latents_mean", [0.1, 0, 0, 0]), ("vae", "_class_name", "AutoencoderTiny"),
+    ("text_encoder", "hidden_act", "gelu"), ("text_encoder", "intermediate_size", 3000),
+    ("text_encoder", "model_type", "bert"), ("text_encoder", "vocab_size", 49409),
+    ("text_encoder", "max_position_embeddings", 248)]
+
+
+@pytest.mark.parametrize("part, key, value", REFUSED)
+def test_what_config_json_says_beside_is_refused_by_name(tmp_path, part, key, value):
+    load = {"unet": load_unet, "vae": load_vae, "text_encoder": load_text_encoder}[part]
+    stem = "model" if part == "text_encoder" else "diffusion_pytorch_model"
+    (tmp_path / part).mkdir()
+    save_file({"x": torch.ones(1)}, tmp_path / part / f"{stem}.safetensors")
+    written = {key: value} if part == "text_encoder" else {"cross_attention_dim": 768, key: value}
+    (tmp_path / part / "config.json").write_text(json.dumps(written))
+    with pytest.raises(CheckpointError) as error:
+        load(tmp_path)
+    assert f"{part}/config.json has {key} {json.dumps(value)}, " in str(error.value)
+
+
+@pytest.mark.parametrize("written, sentence", [
+    ("{", "config.json can't be read"), ("[]", "config.json can't be read"),
+    ('{"block_out_channels": 4}', "config.json can't be read"),
+    ('{"block_out_channels": [0, 0]}', "config.json can't be read"),
+    ('{"down_block_types": [1]}', "config.json can't be read"),
+    ('{"attention_head_dim": "8"}', "carries settings of a UNetConfig"),
+    ('{"cross_attention_dim": 1024}', "config.json is Stable Diffusion 2")])
+def test_a_config_json_that_is_damaged_or_another_base_s(tmp_path, written, sentence):
+    save_file({"x": torch.ones(1)}, tmp_path / "diffusion_pytorch_model.safetensors")
+    (tmp_path / "config.json").write_text(written)
+    with pytest.raises(CheckpointError, match=sentence):
+        load_unet(tmp_path)
+
+
+SCHEDULERS = {
+    "": PNDMScheduler(**BETAS, skip_prk_steps=True, steps_offset=1),
+    "none": LCMScheduler(),
+    "other": DPMSolverMultistepScheduler(**BETAS, timestep_spacing="trailing"),
+    'prediction_type "v_prediction", and only "epsilon"':
+        DDIMScheduler(**BETAS, prediction_type="v_prediction"),
+    'beta_schedule "linear", and only "scaled_linear"': DDIMScheduler(),
+    "beta_end 0.02, and only 0.012": DDIMScheduler(**BETAS | {"beta_end": 0.02}),
+    "rescale_betas_zero_snr true": DDIMScheduler(**BETAS, rescale_betas_zero_snr=True),
+    "num_train_timesteps 500": DDIMScheduler(**BETAS, num_train_timesteps=500),
+    r"trained_betas \[0.1, 0.2\]": DDIMScheduler(**BETAS, trained_betas=[0.1, 0.2])}
+
+
+@pytest.mark.parametrize("sentence", SCHEDULERS)
+def test_the_scheduler_of_a_folder_must_be_stable_diffusion_s(toy_unet, tmp_path, sentence):
+    toy_unet.theirs.save_pretrained(tmp_path / "unet")
+    SCHEDULERS[sentence].save_pretrained(tmp_path / "scheduler")
+    for path in (tmp_path, tmp_path / "unet"):
+        if " " not in sentence:
+            load_unet(path)
+        else:
+            with pytest.raises(CheckpointError, match=f"scheduler_config.json has {sentence}"):
+                load_unet(path)
+
+
+def test_a_scheduler_that_is_not_told_its_betas_has_diffusers_own(toy_unet, tmp_path):
+    toy_unet.theirs.save_pretrained(tmp_path / "unet")
+    file = tmp_path / "scheduler" / "scheduler_config.json"
+    file.parent.mkdir()
+    file.write_text('{"_class_name": "DDIMScheduler", "prediction_type": "epsilon"}')
+    with pytest.raises(CheckpointError, match='has beta_schedule "linear"'):
+        load_unet(tmp_path)
+
+
+METADATA = {
+    'modelspec.prediction_type "v", and only "epsilon"': {"modelspec.prediction_type": "v"},
+    'modelspec.architecture "stable-diffusion-v2-768-v"':
+        {"modelspec.architecture": "stable-diffusion-v2-768-v"},
+    "ss_v_parameterization True": {"ss_v_parameterization": "True"},
+    "ss_zero_terminal_snr True": {"ss_zero_terminal_snr": "True"},
+    "": {"modelspec.architecture": "stable-diffusion-v1", "modelspec.prediction_type": "epsilon",
+         "ss_v_parameterization": "False", "ss_zero_terminal_snr": "None"}}
+
+
+@pytest.fixture
+def single_file(toy_unet, tmp_path):
+    """Writes the toy UNet as a single file, with more metadata and tensors."""
+    def write(more: dict | None = None, **others: Tensor) -> Path:
+        toy_unet.theirs.save_pretrained(tmp_path / "unet")
+        metadata = {"unet_config": json.dumps(asdict(TOY_UNET))} | (more or {})
+        tensors = {PREFIX + k: v for k, v in load_unet(tmp_path).state_dict().items()}
+        save_file(tensors | others, tmp_path / "model.safetensors", metadata)
+        return tmp_path / "model.safetensors"
+    return write
+
+
+@pytest.mark.parametrize("sentence", METADATA)
+def test_what_metadata_says_of_another_prediction_is_refused(single_file, sentence):
+    file = single_file(METADATA[sentence])
+    if not sentence:
+        load_unet(file)
+    else:
+        with pytest.raises(CheckpointError, match=f"the metadata of .*safetensors has {sentence}"):
+            load_unet(file)
+
+
+@pytest.mark.parametrize("marker", ["v_pred", "ztsnr", "state_dict.v_pred"])
+def test_a_tensor_that_marks_another_prediction_is_refused(single_file, marker):
+    with pytest.raises(CheckpointError, match=f"has a tensor {marker.split('.')[-1]}, "):
+        load_unet(single_file(**{marker: torch.ones(0)}))
+
+
+def test_the_yaml_beside_a_single_file_is_read_too(single_file):
+    """As of models that A1111 samples with v-prediction."""
+    file, settings = single_file(), "model:\n  params:\n    linear_start: 0.00085\n"
+    file.with_suffix(".yaml").write_text(settings)
+    load_unet(file)
+    file.with_suffix(".yaml").write_text(settings + '    parameterization: "v"\n')
+    with pytest.raises(CheckpointError, match='l.yaml has parameterization "v", and only "eps"'):
+        load_unet(file)
+
+
+@pytest.mark.parametrize("layout", ["official", "diffusers", "folder", "checkpoint"])
+def test_a_vae_that_comes_alone(tmp_path, layout):
+    network = OTHER_SIZES["vae"]() if layout in ("diffusers", "folder") else vae_network()
+    network.theirs.save_pretrained(tmp_path / "vae")
+    path = tmp_path / ("vae" if layout == "folder" else "vae/diffusion_pytorch_model.safetensors")
+    if layout in ("official", "checkpoint"):
+        prefix = "first_stage_model." if layout == "checkpoint" else ""
+        path = write_single_file(tmp_path / "mse.safetensors", load_vae(tmp_path), prefix,
+                                 metadata={"vae_config": asdict(network.config)},
+                                 **{prefix + "loss.logvar": torch.ones(())})
+    loaded = load_vae(path)
+    assert loaded.config == network.config
+    network.check(loaded)
 
 
 # ------------------------------------------------------------------------------- single files
@@ -337,12 +554,12 @@ def test_a_wrong_model(tmp_path, sentence):
 def test_a_wrong_model_for_the_vae(tmp_path):
     file = tmp_path / "model.safetensors"
     save_file({PREFIX + "out.2.bias": torch.ones(4)}, file)
-    with pytest.raises(CheckpointError, match="holds no VAE .*first_stage_model. or vae."):
+    with pytest.raises(CheckpointError, match="holds no VAE .*first_stage_model. or vae.*--vae"):
         load_vae(file)
     save_file({"vae.encoder.conv_in.bias": torch.ones(5)}, file)
     with pytest.raises(StateDictMismatch, match=r"missing: .*conv_in.bias \(5,\) for \(128,\)"):
         load_vae(file)
-    with pytest.raises(CheckpointError, match="has no vae/diffusion_pytorch_model.safetensors"):
+    with pytest.raises(CheckpointError, match="has no vae/diffusion_pytorch_model.*--vae FILE"):
         load_vae(tmp_path)
 
 
@@ -397,6 +614,7 @@ def test_the_folder_of_a_controlnet(tmp_path):
 
 def test_a_folder_of_other_sizes(toy_unet, tmp_path):
     toy_unet.theirs.save_pretrained(tmp_path / "unet")
+    (tmp_path / "unet/config.json").unlink()                # then they are Stable Diffusion 1.5's
     with pytest.raises(StateDictMismatch, match=r"of another shape: .* for \("):
         load_unet(tmp_path)
 

@@ -1,6 +1,8 @@
 """support/cli.py: flags of a dataclass, and every failure in one sentence with its exit code."""
 
 import math
+import os
+import signal
 import subprocess
 import sys
 from dataclasses import dataclass, replace
@@ -100,6 +102,22 @@ def test_help_names_flags_defaults_and_choices(capsys):
     assert "100 %" in text
 
 
+def test_fields_share_a_heading_of_help_until_the_next_and_may_have_no_flag(capsys):
+    @dataclass(frozen=True)
+    class Grouped:
+        steps: int = option(8, "how many", group="what to draw")
+        seed: int = option(0, "of what")
+        hidden: str = option("kept", "of another command")
+        device: str = option("", "where", group="machine")
+
+    assert parse(Grouped, "x.py", "", [], (), {"hidden"}) == Grouped()
+    with pytest.raises(SystemExit):
+        parse(Grouped, "x.py", "", ["--help"], (), {"hidden"})
+    headings = capsys.readouterr().out.partition("what to draw:")[2].split("machine:")
+    assert ["--seed" in part for part in headings] == [True, False]
+    assert "--device" in headings[1] and "hidden" not in "".join(headings)
+
+
 # ------------------------------------------------------------------------------- bounds
 
 
@@ -173,6 +191,9 @@ DynamoError.__module__ = "torch._dynamo.exc"
     (OSError(28, "No space left on device"), "a file: No space left on device"),
     (OSError(18, "Invalid link", "from", None, "to"), "to: Invalid link"),
     (MemoryError(), "out of memory: pass --batch below 8"),
+    (RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. "),
+     "a process that loads images was killed, as happens where memory runs out: pass --batch "
+     "below 8"),
     (torch.OutOfMemoryError("CUDA out of memory.\nTried"), "out of memory: pass --batch below 8"),
     (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"),
      "out of memory: pass --batch below 8"),
@@ -201,6 +222,18 @@ def test_a_bug_keeps_its_traceback(error):
 
 def test_a_command_that_works_returns_what_it_does():
     assert run_command("x.py", lambda: 3, "") == 3
+
+
+@pytest.mark.parametrize("script", ["sample.py", "train.py", "eval.py"])
+@pytest.mark.parametrize("handler, code", [(signal.SIG_DFL, 130), (signal.SIG_IGN, 7)])
+def test_ctrl_c_during_the_imports_is_silent_and_obeys_who_ignores_it(tmp_path, script, handler,
+                                                                      code):
+    (tmp_path / "torch.py").write_text(
+        "import os, signal\nos.kill(os.getpid(), signal.SIGINT)\nraise SystemExit(7)")
+    done = subprocess.run([sys.executable, ROOT / script], capture_output=True, text=True,
+                          env=os.environ | {"PYTHONPATH": str(tmp_path)},
+                          preexec_fn=lambda: signal.signal(signal.SIGINT, handler))
+    assert (done.returncode, done.stdout, done.stderr) == (code, "", "")
 
 
 def test_what_counts_as_out_of_memory_and_as_a_failed_compilation():

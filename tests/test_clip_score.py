@@ -20,7 +20,7 @@ from evaluation.folders import image_files
 from mini import postcards
 from support.base import MINI
 from support.cli import BadInput
-from support.images import prompt_in_png
+from support.images import prompt_in_image
 
 
 @pytest.fixture(scope="module")
@@ -124,6 +124,21 @@ def test_a_clip_that_is_not_to_be_had(empty, small_clip):
         assert "\n" not in str(error.value)
 
 
+def test_a_download_is_announced_with_its_size_before_it_begins(empty, capsys, monkeypatch):
+    monkeypatch.setenv("HOME", str(empty))
+    with pytest.raises(BadInput, match="can't be loaded"):
+        load_clip("ViT-B-32:openai")
+    message = capsys.readouterr().err
+    assert "downloading CLIP ViT-B-32:openai, about 0.6 GB" in message
+    assert all(way in message for way in ("ViT-B-32:FILE", "--clip-model mini", "--inception pt_"))
+    snapshot = empty / "hub/models--timm--vit_base_patch32_clip_224.openai/snapshots/1"
+    snapshot.mkdir(parents=True)
+    (snapshot / "open_clip_model.safetensors").touch()
+    with pytest.raises(BadInput, match="can't be loaded"):
+        load_clip("ViT-B-32:openai")
+    assert capsys.readouterr().err == ""
+
+
 class Evil:
     """Unpickled, it makes a folder."""
 
@@ -163,10 +178,10 @@ def test_an_image_s_own_prompt(empty, capsys):
         info = PngInfo()
         info.add_text("parameters", f"{prompt}{more}\nSteps: 8, Sampler: DDIM, CFG scale: 9")
         Image.new("RGB", (64, 64)).save(empty / f"a/{k}.png", pnginfo=info)
-    assert [prompt_in_png(file) for file in image_files(empty / "a")] == [prompt, prompt]
+    assert [prompt_in_image(file) for file in image_files(empty / "a")] == [prompt, prompt]
     assert result_of(capsys, "clip", "a")[0]["images"] == 2
     Image.new("RGB", (64, 64)).save(empty / "a/2.png")
-    assert "a/2.png does not say its prompt: pass --prompts" in clean_refusal(capsys, "clip", "a")
+    assert "a/2.png does not say its prompt: write 2.txt" in clean_refusal(capsys, "clip", "a")
     huge = bytearray((empty / "a/2.png").read_bytes())               # its header says 10¹⁰ pixels
     huge[16:24] = (100_000).to_bytes(4, "big") * 2
     huge[29:33] = zlib.crc32(huge[12:29]).to_bytes(4, "big")
@@ -174,3 +189,24 @@ def test_an_image_s_own_prompt(empty, capsys):
     (empty / "a/3.png").write_bytes(b"")
     assert "2 of 4 images can't be read" in clean_refusal(capsys, "clip", "a")
     assert result_of(capsys, "clip", "a", "--skip-bad")[0]["left out"] == 2
+
+
+def test_captions_beside_images_are_those_that_training_reads(empty, capsys, direct):
+    images = postcard_folder(empty / "a", 4)
+    texts = ["a red boat", "a tree (tall:1.3)", "a house", "a car"]
+    (empty / "a/000.txt").write_text(texts[0], encoding="utf-16")
+    (empty / "a/001.caption").write_text(f"{texts[1]}\n")
+    (empty / "a/002.TXT").write_text(f"{texts[2]}\nNegative prompt: fog\nSteps: 8, Seed: 1")
+    info = PngInfo()
+    info.add_text("parameters", f"{texts[3]}\nSteps: 8")
+    with Image.open(empty / "a/003.png") as image:
+        image.save(empty / "a/003.png", pnginfo=info)
+    result, printed = result_of(capsys, "clip", "a")
+    assert result["cosine"] == pytest.approx(direct(images, texts).mean().item(), abs=1e-6)
+    assert "3 from captions beside the images, 1 from the images themselves" in printed
+    assert "A1111's syntax, which is plain text here: '(tall:1.3)'" in printed
+    (empty / "a/metadata.jsonl").write_text("".join(
+        json.dumps({"file_name": f"./{k:03d}.png", "text": text}) + "\n"
+        for k, text in enumerate(reversed(texts))))
+    result, _ = result_of(capsys, "clip", "a")
+    assert result["cosine"] == pytest.approx(direct(images, texts[::-1]).mean().item(), abs=1e-6)

@@ -10,7 +10,7 @@ from references import reference_text_encoder, text_weights
 from torch import Tensor
 
 import clip_text
-from clip_text import END, START, TextConfig, TextEncoder, Tokenizer, embed_text
+from clip_text import END, START, TextConfig, TextEncoder, Tokenizer
 
 SMALL = TextConfig(vocab_size=1000, positions=77, width=64, layers=3, heads=4)
 
@@ -251,15 +251,6 @@ def test_attention_is_causal():
     a, b = encoder(ids), encoder(other)
     assert torch.allclose(a[:, :40], b[:, :40], atol=1e-6)
     assert (a[:, 40:] - b[:, 40:]).abs().amax(dim=(0, 2)).min() > 1e-4
-
-
-def test_embed_text_is_the_encoder_after_the_tokenizer():
-    torch.manual_seed(0)
-    config = TextConfig(width=16, layers=1, heads=2)
-    encoder = TextEncoder(config).to(torch.bfloat16).requires_grad_(False)
-    states = embed_text(encoder, Tokenizer(), ["a cat", ""])
-    assert states.shape == (2, 77, 16) and states.dtype == torch.bfloat16
-    assert states.equal(encoder(Tokenizer()(["a cat", ""])))
 
 
 @pytest.mark.full

@@ -17,10 +17,12 @@ import ppdd
 import sample
 import train
 from ppdd import GuideConfig, build_guide
+from support import base as base_module
 from support import capture, fast
 from support.base import MINI, load_base
 from support.cli import parse
 from support.guides import BUNDLED, load_guide
+from support.muon import Muon
 from unet import UNet
 
 cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -113,6 +115,49 @@ def test_recordings_are_not_kept_without_end(recordings):
     assert len(double.recordings) <= double.MOST
 
 
+def test_few_prompts_are_encoded_from_a_recording(toy_base, recordings, monkeypatch):
+    """As many as come again and again; not thousands, encoded once."""
+    monkeypatch.setattr(base_module, "captured", lambda function, _: capture._captured(function))
+    base = load_base(toy_base)
+    for texts in (["a red boat", ""], ["a cat", "a dog"], ["on the sea"] * 65):
+        assert torch.equal(base.embed(texts), base.text(base.tokenizer(texts)))
+    assert len(recordings) == 1
+
+
+@cuda
+def test_on_a_gpu_prompts_are_encoded_as_without_a_recording(toy_base):
+    base = load_base(toy_base, torch.float32, "cuda")
+    for texts in (["a red boat", ""], ["a cat", "a dog"], ["on the sea"]):
+        plain = base.text(base.tokenizer(texts).cuda())
+        assert disagreement(base.embed(texts), plain) < 1e-4
+
+
+@cuda
+def test_on_a_gpu_equal_matrices_move_as_alone():
+    """And Muon's step can be recorded."""
+    grads = torch.randn(5, 3, 24, 16, generator=torch.Generator().manual_seed(0)).cuda()
+    weights = [[torch.nn.Parameter(torch.zeros(24, 16, device="cuda")) for _ in range(3)]
+               for _ in range(3)]
+    kwargs = {"weight_decay": 0.0, "capturable": True, "lr": torch.full((), 0.01, device="cuda")}
+    together = Muon(weights[0], **kwargs)
+    alone = [Muon([p], **kwargs) for p in weights[1]]
+    recorded = Muon(weights[2], **kwargs)
+
+    def step(optimizers, parameters, grad):
+        for p, g in zip(parameters, grad):
+            p.grad = g.clone()
+        for optimizer in optimizers:
+            optimizer.step()
+
+    update = capture.CapturedUpdate(lambda grad: step([recorded], weights[2], grad))
+    for grad in grads:
+        step([together], weights[0], grad)
+        step(alone, weights[1], grad)
+        update(grad)
+    for a, b, c in zip(*weights):
+        assert disagreement(a, b) < 1e-3 and disagreement(c, a) < 1e-3
+
+
 @cuda
 @pytest.mark.parametrize("sampler", ["ddim", "plms"])
 @pytest.mark.parametrize("way", WAYS)
@@ -193,10 +238,9 @@ def trainer(base, *more, updates=20):
 
 
 def weights_after(run, updates):
-    stage = run.stages[run.stage]
     for _ in range(updates):
-        run.train_step(stage)
-    run.read_metrics(stage)
+        run.train_step()
+    run.read_metrics()
     return {k: v.detach().clone().float().cpu() for k, v in run.guide.state_dict().items()}
 
 
@@ -212,7 +256,7 @@ def test_a_recorded_update_equals_one_that_is_not(toy_base, here, monkeypatch, r
     assert run.optimizer.param_groups[0]["lr"].ndim == 0
     recorded = weights_after(run, 6)
     assert run.captured_update.calls == 6 and run.captured_update.recording is not None
-    assert len(run.recent) == 6 and not run.unread
+    assert len(run.history.recent) == 6 and not run.unread
     for name, weight in eager.items():
         torch.testing.assert_close(recorded[name], weight, rtol=1e-4, atol=1e-6)
 
@@ -230,7 +274,7 @@ def test_a_loss_that_is_not_finite_is_seen_before_a_checkpoint_is_written(toy_ba
         return (metrics * float("nan") if run.update == 4 else metrics), target, norm
 
     monkeypatch.setattr(run, "backward", broken)
-    with pytest.raises(ValueError, match="loss is nan.*--resume and a lower --lr"):
+    with pytest.raises(ValueError, match="loss is nan.*a lower --lr .*--resume"):
         run.train()
     assert [path.stem for path in run.folder.checkpoints()] == ["state-00-00000003"]
 
@@ -256,13 +300,13 @@ def test_on_a_gpu_a_resumed_run_equals_an_uninterrupted_one(toy_base, here):
     def run(*more):
         train.main(["--weights", str(toy_base), "--images", "40", "--batch", "4", "--max-updates",
                     "12", "--grid-every", "0", "--end-steps", "32", "--save-every", "5",
-                    "--device", "cuda", *more])
+                    "--device", "cuda", "--out", "guides", *more])
 
     run("--out", "whole", "--run", "whole-run")
     step = train.Trainer.train_step
 
-    def dies(self, stage):
-        step(self, stage)
+    def dies(self):
+        step(self)
         if self.update == 7:
             raise KeyboardInterrupt
 

@@ -236,7 +236,7 @@ def test_absurd_metadata_in_a_guide(victims, try_bytes, part):
 
 @pytest.mark.parametrize("stored", [json.dumps(v) for v in (
     {"unet.lora_alpha": "x"}, {"unet.lora_alpha": []}, {"unet.alpha_pattern": 3}, [], 3,
-    {"unet.alpha_pattern": {"to_q": None}}, {"unet.lora_alpha": math.nan})] + ["", "{", "[" * 5000])
+    {"unet.alpha_pattern": {".*to_q": None}}, {"unet.lora_alpha": math.nan})] + ["", "{", "[" * 5000])
 def test_absurd_metadata_in_a_lora(victims, try_bytes, stored):
     header, body = header_of(victims["lora"][0])
     header = {k: v for k, v in header.items() if not k.endswith(".alpha")}

@@ -1,5 +1,6 @@
 """Training data: images as people have them, what stands in for bad ones, and the cache."""
 
+import hashlib
 import io
 import multiprocessing
 import os
@@ -15,11 +16,14 @@ from PIL import Image, ImageOps
 from safetensors.torch import load_file
 
 import train
+from mini import dataset, postcards
 from mini.dataset import Postcards
 from support import captions, data
 from support.base import load_base
 from support.cli import BadInput
 from support.data import CachedImages, CaptionedImages, square
+
+AVIF = Image.registered_extensions()             # Pillow before 11.3 has no decoder for it
 
 
 @pytest.fixture(scope="module")
@@ -77,9 +81,10 @@ def test_a_damaged_shard_gives_what_is_whole_and_is_named(base, tmp_path):
     write_shard(tmp_path / "good.tar", entries)
     (tmp_path / "zipped.tar").write_bytes(b"\x1f\x8b" + bytes(600))
     images = images_of(base, tmp_path)
-    assert len(images) == 4 and len(images.skipped) == 3
+    assert len(images) == 4 and len(images.skipped) == 1
     assert "cut.tar" in images.skipped_summary()
-    assert rows_used(images, [0, 1, 2, 3])[1:] == [1, 2, 3] and len(images.skipped) == 3
+    assert all(f"{tmp_path / name}.tar" in images.notes()[0] for name in ("cut", "zipped"))
+    assert rows_used(images, [0, 1, 2, 3])[1:] == [1, 2, 3] and len(images.skipped) == 1
     with pytest.raises(BadInput, match="zipped.tar"):
         images_of(base, tmp_path / "zipped.tar")
 
@@ -87,13 +92,58 @@ def test_a_damaged_shard_gives_what_is_whole_and_is_named(base, tmp_path):
 @pytest.mark.parametrize("name, content, word", [
     ("prompts.txt", b"\n \n", "no prompt"), ("empty.tar", b"", "no image"),
     ("no-{0..3}.tar", None, "no image"),
-    ("metadata.jsonl", b'{"file_name": "a\\u0000.png", "text": "x"}', "no file can be called"),
-    ("metadata.jsonl", b'{"file_name": "a\\ud800.png", "text": "x"}', "no file can be called")])
+    ("metadata.jsonl", b'{"file_name": "a.png", "text": "x"}', "without a file: No such file"),
+    ("metadata.jsonl", b'{"file_name": "a\\u0000.png", "text": "x"}', "without a file: embedded"),
+    ("metadata.jsonl", b'{"file_name": "a\\ud800.png", "text": "x"}', "without a file: .* encode"),
+    ("metadata.csv", b"file_name,text\na.png\n", "1 left out: without a caption")])
 def test_data_that_gives_nothing_is_said_in_one_sentence(base, tmp_path, name, content, word):
     if content is not None:
         (tmp_path / name).write_bytes(content)
     with pytest.raises(BadInput, match=word):
         images_of(base, tmp_path / name)
+
+
+def test_the_start_says_what_is_used_and_what_is_left_out(base, tmp_path, capsys):
+    fill_folder(tmp_path, ["a", "", "c", "d", "boat " * 75 + "at night"])
+    (tmp_path / "002.txt").write_text("été", encoding="utf-16")
+    (tmp_path / "003.txt").write_text("été", encoding="latin-1")
+    halves().save(tmp_path / "alone.jfif", "JPEG")
+    images = images_of(base, tmp_path)
+    assert images.captions([0, 1, 2]) == ["a", "", "été"]
+    assert capsys.readouterr().out.splitlines() == [
+        f"--data: 4 used; 1 of them with an empty caption; 2 left out: 1 {captions.NO_TEXT} "
+        f"({tmp_path}/003.png); 1 without a caption ({tmp_path}/alone.jfif)",
+        "1 of 4 captions cut after 75 tokens; left out: 'at night'"]
+    (tmp_path / "prompts.txt").write_text("boat " * 76 + "\n" + "a boat\n" * 2000)
+    images_of(base, tmp_path / "prompts.txt")
+    assert capsys.readouterr().out.splitlines() == [
+        "--data: 2,001 used; none left out",
+        "1 of 667 sampled captions cut after 75 tokens; left out: 'boat'"]
+
+
+def test_the_identity_of_data_that_was_read_before_is_kept(base, tmp_path):
+    fill_folder(tmp_path, ["a", "b"])
+    for k in range(2):
+        os.utime(tmp_path / f"00{k}.png", ns=(k, k))
+    (tmp_path / "prompts.txt").write_text("p\n")
+    size = (tmp_path / "000.png").stat().st_size
+    rows = ((("000.png", size, 0), 0, -1, "a"), (("001.png", size, 1), 0, -1, "b"),
+            (("",), 0, 0, "p"))
+    wanted = hashlib.sha256("".join(map(repr, rows)).encode()).hexdigest()
+    (tmp_path / "alone.png").touch()
+    for name in ("x.tar.gz", "x.heic"):
+        (tmp_path / name).touch()
+    assert images_of(base, tmp_path, tmp_path / "prompts.txt").identity == wanted
+
+
+def test_one_of_several_captions_is_drawn(base, tmp_path):
+    fill_folder(tmp_path, ["", ""])
+    (tmp_path / "metadata.jsonl").write_text(
+        '{"file_name": "000.png", "text": ["a", "b"]}\n{"file_name": "001.png", "text": "c"}\n')
+    images = images_of(base, tmp_path)
+    assert images.captions(range(3)) == ["a", "b", "c"] and images.image_count == 3
+    [(rows, pixels)] = images.batches([[0, 1, 2]])
+    assert rows == [0, 1, 2] and torch.equal(pixels[0], pixels[1])
 
 
 def test_an_image_that_was_replaced_makes_another_data_set(base, tmp_path):
@@ -104,7 +154,8 @@ def test_an_image_that_was_replaced_makes_another_data_set(base, tmp_path):
     assert images_of(base, tmp_path).identity != before
 
 
-def test_memory_does_not_grow_with_the_data(base, tmp_path):
+def test_memory_does_not_grow_with_the_data(base, tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "LOOKED_AT", 200)
     image, peaks = encoded(Image.new("RGB", (8, 8))), []
     for count in (200, 2000):
         entries = [(f"{i:09d}.{s}", c) for i in range(count)
@@ -173,6 +224,7 @@ IMAGES = {
     "one pixel": (encoded(Image.new("RGB", (1, 1), (255, 0, 0))), (255, 0, 0)),
     "large": (encoded(halves((3000, 2000)), "JPEG", quality=95), (254, 0, 0)),
     "webp": (encoded(halves(), "WEBP", lossless=True), (255, 0, 0)),
+    **({"avif": (encoded(halves(), "AVIF", quality=100), (255, 0, 0))} if ".avif" in AVIF else {}),
     "gif": (encoded(halves(), "GIF"), (255, 0, 0)), "bmp": (encoded(halves(), "BMP"), (255, 0, 0)),
 }
 
@@ -199,15 +251,13 @@ def test_the_middle_is_cut_out():
     assert square(io.BytesIO(encoded(wide)), 64).min() > 200
 
 
-def test_encodings_are_in_float32_under_autocast_too(base, tmp_path):
+def test_images_are_encoded_some_at_a_time(base, tmp_path):
     fill_folder(tmp_path, [f"caption {i}" for i in range(10)])
     images = images_of(base, tmp_path)
     [(rows, pixels)] = images.batches([list(range(10))])
-    plain = images.moments(pixels), images.prompt_states(rows)
-    with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(images.moments(pixels), plain[0])
-        assert torch.equal(images.prompt_states(rows), plain[1])
-    torch.testing.assert_close(plain[0][8:], images.moments(pixels[8:]))
+    moments = images.moments(pixels)
+    assert moments.dtype == images.prompt_states(rows).dtype == torch.float32
+    torch.testing.assert_close(moments[8:], images.moments(pixels[8:]))
 
 
 # ------------------------------------------------------------------------------- bad images
@@ -244,7 +294,8 @@ def test_bad_images_are_skipped_counted_and_named_and_others_stand_in(base, tmp_
         bad = [row for row, text in enumerate(texts) if text == "bad"]
         assert sorted(images.skipped) == bad and len(bad) == 6
         summary = images.skipped_summary()
-        assert "(6 skipped" in summary and summary.count(";") == 2 and "0x" not in summary
+        assert "2 image file is truncated (" in summary
+        assert "(6 skipped: 3 not an image that Pillow reads (" in summary and "0x" not in summary
         runs.append(sorted(zip(order, used)))
     assert runs[0] == runs[1]                  # whatever was read before, the same ones stand in
 
@@ -263,7 +314,8 @@ def test_data_from_which_all_is_skipped_stops_at_once(toy_base, here, capsys, ca
     with pytest.raises(SystemExit) as stopped:
         train.main(["--weights", str(toy_base), "--data", "set", "--device", "cpu", *cache])
     message = capsys.readouterr().err
-    assert stopped.value.code == 2 and "no image could be used (6 skipped: set/" in message
+    assert stopped.value.code == 2
+    assert "no image could be used (6 skipped: 3 not an image" in message
     assert not (here / "guides").exists() and not (here / "cache").exists()
 
 
@@ -347,7 +399,7 @@ def test_a_cache_gives_the_moments_and_states_of_the_images(base, tmp_path, monk
                                **tolerance)
     assert len(list(cached.folder.iterdir())) == 3
     again = CachedImages(base, given, 64, str(tmp_path / "cache"))
-    assert "004.png (not usable when cached)" in again.skipped_summary()
+    assert f"(1 skipped: not usable when cached ({tmp_path}/set/004.png)" in again.skipped_summary()
 
 
 def test_a_cache_is_continued_and_made_anew_for_what_changes_it(base, tmp_path, monkeypatch):
@@ -387,6 +439,19 @@ def test_a_cache_is_continued_and_made_anew_for_what_changes_it(base, tmp_path, 
 
 # ------------------------------------------------------------------------------- postcards
 
+def test_postcards_do_not_depend_on_how_many_are_drawn_together(base, monkeypatch):
+    drawn = []
+    draw = postcards.draw
+    monkeypatch.setattr(postcards, "draw", lambda *args, **kwargs: (
+        drawn.append(draw(*args, **kwargs)) or drawn[-1]))
+    together = Postcards(base, 7, 1)
+    monkeypatch.setattr(dataset, "ON_CPU", 3)
+    apart = Postcards(base, 7, 1)
+    assert [len(images) for images in drawn] == [7, 3, 3, 1]
+    assert torch.equal(drawn[0], torch.cat(drawn[1:])) and together.texts == apart.texts
+    torch.testing.assert_close(together._moments, apart._moments, rtol=1e-3, atol=1e-3)
+
+
 def test_postcards_are_drawn_by_seed_with_the_same_interface(base):
     first, again, other = (Postcards(base, 6, seed) for seed in (1, 1, 2))
     assert first.identity == again.identity == "postcards 6 1" and len(first) == 6
@@ -399,3 +464,11 @@ def test_postcards_are_drawn_by_seed_with_the_same_interface(base):
     assert first.prompt_states([5, 0]).shape == (2, 77, 32) and first.skipped_summary() == ""
     assert len(first.example_prompts(4)) == 4 and first.image_count == 6
     assert first.skipped == {}
+
+
+def test_images_are_encoded_from_minus_one_to_one(base, tmp_path):
+    fill_folder(tmp_path, ["a"])
+    images = images_of(base, tmp_path)
+    [(_, pixels)] = images.batches([[0]])
+    assert pixels.float().std() > 20
+    torch.testing.assert_close(images.moments(pixels), base.vae.encode(pixels / 127.5 - 1))

@@ -16,7 +16,7 @@ from eval_helpers import (  # noqa: F401
     result_of,
     statistics_of,
 )
-from PIL import Image
+from PIL import ExifTags, Image
 from PIL.PngImagePlugin import PngInfo
 from pytorch_fid import fid_score
 from scipy.linalg import sqrtm
@@ -28,6 +28,7 @@ from evaluation.fid import Statistics, frechet
 from evaluation.folders import image_files, images_in
 from mini import postcards
 from support.cli import BadInput
+from support.data import square
 from support.files import sha256
 
 # ----------------------------------------------------------------------- statistics
@@ -278,6 +279,42 @@ def test_any_format_size_and_mode_in_natural_order(tmp_path):
         size = made[str(paths[0].relative_to(tmp_path))][1]
         assert len(paths) <= 3 and images.shape[:1:-1] == size
     assert batches[0][1][0, 0].float().mean() > 240 > batches[0][1][0, 2].float().mean()
+
+
+def test_images_are_read_as_they_are_seen_and_as_for_training(tmp_path):
+    """16 bits of grey are scaled, transparency is white, and EXIF turns an image upright."""
+    grey = np.tile(np.linspace(0, 65535, 64).astype(np.uint16), (64, 1))
+    Image.fromarray(grey).save(tmp_path / "grey.png")
+    Image.fromarray(grey.astype(np.int32)).save(tmp_path / "grey.tif")
+    clear = Image.new("RGBA", (64, 64), (255, 0, 0, 0))
+    clear.paste((0, 0, 255, 255), (0, 0, 20, 64))
+    clear.save(tmp_path / "clear.png")
+    clear.quantize().save(tmp_path / "palette.png")
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6                      # to be turned by 90°
+    clear.convert("RGB").save(tmp_path / "turned.webp", exif=exif, lossless=True)
+    for path in tmp_path.iterdir():
+        with path.open("rb") as file:
+            assert torch.equal(folders.read_image(path), square(file, 64)), path
+    assert folders.read_image(tmp_path / "grey.png")[0, 0].tolist() == [x // 257 for x in grey[0]]
+    assert folders.read_image(tmp_path / "palette.png")[:, 0, 63].tolist() == [255, 255, 255]
+    turned = folders.read_image(tmp_path / "turned.webp")
+    assert turned[2].eq(255)[:20].all() and not turned[2].eq(255)[20:].any()
+
+
+def test_permission_denied_is_said_as_such(empty, capsys, monkeypatch):
+    """For a folder, and for images in it. The user root may read everything, so it is acted."""
+    postcard_folder(empty / "a", 2)
+    (empty / "a/001.png").write_bytes(b"")
+    monkeypatch.setattr(folders.os, "access", lambda path, _: path.name != "001.png")
+    assert "a/001.png (permission denied); take" in clean_refusal(capsys, "fid", "a", "a")
+
+    def walk(folder, onerror):
+        onerror(PermissionError(13, "Permission denied", str(folder)))
+        return iter(())
+
+    monkeypatch.setattr(folders.os, "walk", walk)
+    assert clean_refusal(capsys, "fid", "a", "a") == "eval.py: a: Permission denied"
 
 
 def test_contact_sheets_are_left_out(tmp_path):

@@ -20,6 +20,7 @@ from eval_helpers import (  # noqa: F401
 
 import eval as script
 from evaluation import figures, sampling
+from support import fast
 from support.base import MINI, load_base
 
 
@@ -32,17 +33,23 @@ def test_figures(workspace, figure):
 def test_fig8(workspace):
     make_styles(workspace)
     command("fig8 --prompt boat tree")
-    assert drawn_on("docs/fig8.png").shape[0] > 9 * 192
+    assert drawn_on("runs/eval/fig8.png").shape[0] > 9 * 192
 
 
-def test_maps_are_what_the_full_guide_returned(workspace):
-    """At every step and injection point, mean over channels; afterwards the guide is as before."""
+def test_maps_are_what_the_full_guide_returned(workspace, monkeypatch):
+    """At every step and injection point, mean over channels; afterwards the guide is as before.
+
+    No step is recorded as a CUDA graph: a replay would not pass by.
+    """
     base, config = load_base(MINI), script.Config(device="cpu")
     row = sampling.guide_row(config, base, "full")
     control = row.guide.control
-    maps = figures.residual_maps(base, row, "a boat", 8.0, 0, 64)
+    plain = sampling.generate(base, row, ["a boat"], 8.0, [0], 64)
+    monkeypatch.setattr(fast, "captured", lambda *_: pytest.fail("recorded"))
+    maps, images = figures.residual_maps(base, row, ["a boat"], 8.0, 0, 64, lambda r: r.mean(1))
     assert len(maps) == STEPS and {len(step) for step in maps} == {len(figures.point_names(base))}
-    assert maps[0][0].shape == (8, 8) and not torch.equal(maps[0][0], maps[1][0])
+    assert maps[0][0].shape == (1, 8, 8) and not torch.equal(maps[0][0], maps[1][0])
+    assert torch.equal(images, plain)
     assert row.guide.control == control
 
 
@@ -51,7 +58,7 @@ def test_quality(workspace, monkeypatch, capsys):
     (workspace / "results").mkdir()
     shutil.copy(ROOT / "results" / "table2.json", "results")
     command("quality")
-    assert drawn_on("docs/quality.png").shape[1] > 1000
+    assert drawn_on("runs/eval/quality.png").shape[1] > 1000
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     assert "pip install matplotlib" in refusal(capsys, "quality")
 

@@ -15,8 +15,10 @@ from support import files
 from support.cli import BadInput
 from support.files import (
     atomic_write,
+    check_readable,
     check_writable,
     expand,
+    files_in,
     save_tensors,
     sha256,
     sync,
@@ -179,3 +181,31 @@ def test_two_threads_may_write_different_files(tmp_path):
     [thread.join() for thread in threads]
     assert sorted(p.name for p in tmp_path.iterdir()) == ["0", "1", "2"]
     assert all(p.read_text() == p.name * 1000 for p in tmp_path.iterdir())
+
+
+# ------------------------------------------------------------------------------- permission
+
+
+def test_what_may_not_be_read_is_not_said_to_be_missing(tmp_path, monkeypatch):
+    file = tmp_path / "a.txt"
+    file.touch()
+    check_readable(file)
+    check_readable(tmp_path)
+    assert files_in(tmp_path, "*.txt") == [file]
+    assert files_in(tmp_path / "nowhere", "*") == files_in(file / "x", "*") == []
+    with pytest.raises(FileNotFoundError):
+        check_readable(tmp_path / "nowhere")
+    monkeypatch.setattr(os, "access", lambda path, mode: not mode & os.X_OK)     # root may do all
+    check_readable(file)
+    for read in (check_readable, lambda folder: files_in(folder, "*")):
+        with pytest.raises(PermissionError, match=f"Permission denied: '{tmp_path}'"):
+            read(tmp_path)
+
+
+def test_a_folder_that_takes_no_files_is_named_itself(tmp_path, monkeypatch):
+    def fail(dir):
+        raise PermissionError(13, "Permission denied", f"{dir}/tmpx")
+
+    monkeypatch.setattr(files.tempfile, "TemporaryFile", fail)
+    with pytest.raises(PermissionError, match=f"Permission denied: '{tmp_path}/out'"):
+        writable_folder(tmp_path / "out")

@@ -87,7 +87,7 @@ def test_a_guide_for_another_base_is_refused_with_both_shapes(tmp_path, config):
 
 
 @pytest.mark.parametrize("pool, read", [("attention", True), ("mean", False), ("end", False)])
-def test_older_files_name_the_one_way_to_pool_that_is_left(tmp_path, pool, read):
+def test_older_files_name_the_way_they_pool(tmp_path, pool, read):
     path = tmp_path / "guide.safetensors"
     save_guide(path, trained(GuideConfig()), GuideConfig(), {})
     metadata = metadata_of(path)
@@ -96,7 +96,7 @@ def test_older_files_name_the_one_way_to_pool_that_is_left(tmp_path, pool, read)
     if read:
         assert read_guide(path).config == GuideConfig() and load_guide(path, SMALL)
     else:
-        with pytest.raises(CheckpointError, match="guide.safetensors is not a guide"):
+        with pytest.raises(CheckpointError, match=f"option that is gone, --pool {pool}: train it"):
             read_guide(path)
 
 
@@ -181,6 +181,22 @@ def test_guides_for_a_single_g_and_other_files_are_passed_over(here):
     assert found == Path("guides/toy/tiny-8.safetensors")
 
 
+def test_trials_in_guides_are_passed_over(here):
+    Path("toy.safetensors").touch()
+    Path("guides").unlink()
+    trial, base = {"settings": {"max_updates": 50}}, base_of(UNET)
+    bundled = write_guide(guides.BUNDLED / "tiny.safetensors", UNET, "tiny", 64)
+    for folder in ("guides/toy", "guides/other", "given"):
+        write_guide(Path(folder) / "tiny-8.safetensors", UNET, "tiny", 8, **trial)
+    assert find_guide(base, "tiny", 8) == bundled
+    assert find_guide(base, "tiny", 8, "given") == Path("given/tiny-8.safetensors")
+    with pytest.raises(BadInput, match="no guides/toy/tiny-8.safetensors, but for a trial, which"):
+        guide_path(base, "tiny-8")
+    own = write_guide(Path("guides/toy/tiny.safetensors"), UNET, "tiny", 0,
+                      settings={"max_updates": 0})
+    assert find_guide(base, "tiny", 8) == own == guide_path(base, "tiny")
+
+
 def test_a_guide_is_found_by_its_name(here, mini):
     Path("toy.safetensors").touch()
     base = base_of(UNET)
@@ -196,8 +212,15 @@ def test_a_line_says_which_guide_is_used():
     line = describe_guide(path, {"base": "toy", "steps": 8, "uncond": "dull"}, base)
     assert line == (f"guide: {path}, distilled on toy for 8 steps, plugged into styled.safetensors "
                     "as it is, away from 'dull'")
-    assert describe_guide(path, {"base": base.name}, base) == (
-        f"guide: {path}, distilled on styled.safetensors for any steps")
+    start = f"guide: {path}, distilled on styled.safetensors for"
+    first, settings = {"base": base.name, "updates": 6000}, {"updates": 50, "max_updates": 50}
+    for about, rest in (
+            ({"base": base.name}, "any steps"), (first, "any steps, after 6,000 updates"),
+            (first | {"updates": 50, "stage": 3, "steps": 8, "settings": settings},
+             "8 steps, after 50 + 3 × 50 updates, a trial of at most 50 a stage"),
+            (first | {"stage": 2, "steps": 2, "init": {"updates": 500, "steps": 8}},
+             "2 steps, after 2 × 6,000 updates")):
+        assert describe_guide(path, about, base) == f"{start} {rest}"
 
 
 def test_a_guide_file_is_described_on_the_command_line(here, toys, capsys):

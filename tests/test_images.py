@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import ExifTags, Image
 
 from support import images
 from support.images import (
@@ -16,7 +16,7 @@ from support.images import (
     labelled_grid,
     next_number,
     parameters_text,
-    prompt_in_png,
+    prompt_in_image,
     save_png,
     slug,
     to_image,
@@ -86,13 +86,36 @@ def test_a_prompt_can_not_forge_a_line(prompt):
 def test_the_prompt_comes_back(tmp_path, prompt, negative):
     text = parameters_text(prompt, negative, Steps=1)
     save_png(tmp_path / "a.png", plain("red"), parameters=text)
-    assert prompt_in_png(tmp_path / "a.png") == prompt
+    assert prompt_in_image(tmp_path / "a.png") == prompt
 
 
 def test_what_holds_no_prompt(tmp_path):
     save_png(tmp_path / "a.png", plain("red"))
     (tmp_path / "b.png").write_bytes(b"no image")
-    assert [prompt_in_png(tmp_path / f"{name}.png") for name in "abc"] == ["", "", ""]
+    assert [prompt_in_image(tmp_path / f"{name}.png") for name in "abc"] == ["", "", ""]
+
+
+SETTINGS = "Steps: 20, Sampler: Euler a, CFG scale: 7, Seed: 5, Size: 64x64, Version: v1.6.0"
+
+
+@pytest.mark.parametrize("above, prompt", [
+    ("Negative prompt: ugly\n", ""), ("", ""), ("a red boat\n", "a red boat"),
+    ("a red boat,\nat sea\nNegative prompt: ugly,\nSteps: no\n", "a red boat,\nat sea")])
+def test_a_web_interface_s_prompt_in_any_format(tmp_path, above, prompt):
+    """PNG has a text chunk; JPEG and WebP have it in EXIF, in UTF-16 of either order of bytes."""
+    save_png(tmp_path / "a.png", plain("red"), parameters=above + SETTINGS)
+    assert prompt_in_image(tmp_path / "a.png") == prompt
+    for order in ("be", "le"):
+        exif = Image.Exif()
+        text = (above + SETTINGS).encode(f"utf-16-{order}")
+        exif.get_ifd(ExifTags.IFD.Exif)[ExifTags.Base.UserComment] = b"UNICODE\0" + text
+        for name in ("a.jpg", "a.webp"):
+            plain("red").save(tmp_path / name, exif=exif)
+            assert prompt_in_image(tmp_path / name) == prompt
+    exif.get_ifd(ExifTags.IFD.Exif)[ExifTags.Base.UserComment] = b"ASCII\0\0\0" + (
+        above + SETTINGS).encode()
+    plain("red").save(tmp_path / "b.jpg", exif=exif)
+    assert prompt_in_image(tmp_path / "b.jpg") == prompt
 
 
 # ----------------------------------------------------------------------- names
@@ -124,9 +147,20 @@ def test_slug(prompt, name):
 @pytest.mark.parametrize("count, columns, rows", [(1, 1, 1), (3, 3, 1), (5, 4, 2), (16, 4, 4),
                                                   (17, 8, 3), (64, 8, 8)])
 def test_contact_sheet(count, columns, rows):
-    sheet = contact_sheet([plain("red", 64, 32)] * count)
-    assert sheet.size == (columns * 200 + 8, rows * 104 + 8)
-    assert sheet.getpixel((8, 8)) == (255, 0, 0) and sheet.getpixel((7, 7)) == (255, 255, 255)
+    sheet = contact_sheet([plain("red", 64, 32)] * count, ["a tree"] * count)
+    assert sheet.size == (columns * 266 + 10, rows * (128 + 10 + 18) + 10)    # four times as large
+    assert sheet.getpixel((10, 10)) == (255, 0, 0) and sheet.getpixel((9, 9)) == (255, 255, 255)
+
+
+def test_each_image_of_a_contact_sheet_stands_above_its_caption():
+    images = [plain(color, 64, 64) for color in ("red", "blue")]
+    captions = ["a big red boat on the sea\nat sunset", "word " * 100]
+    sheet = contact_sheet(images, captions)
+    assert sheet.size == (2 * 266 + 10, 256 + 20 + 3 * 18)
+    under = [(10, 266, 266, sheet.height), (276, 266, 532, sheet.height)]
+    assert all(inked(sheet, box) for box in under)
+    assert not inked(contact_sheet(images, ["", captions[1]]), under[0])
+    assert sheet.crop(under[0]) == contact_sheet(images, [captions[0], "x\n" * 99]).crop(under[0])
 
 
 def places(sheet: Image.Image, color: tuple[int, int, int]) -> tuple[int, int, int, int]:

@@ -3,7 +3,9 @@
 # ruff: noqa: F811 (the fixtures' names)
 
 import json
+import os
 import subprocess
+import sys
 from dataclasses import dataclass
 from importlib.metadata import version
 
@@ -70,6 +72,49 @@ def test_the_dtype_suits_the_device(gpus):
     assert auto_dtype(torch.device("cuda:0")) == "fp16"
     for name, dtype in DTYPES.items():
         assert resolve_dtype(name, "cpu") == resolve_dtype(name, "cuda") == dtype
+
+
+@pytest.mark.parametrize("device, name, able, warned", [
+    ("cpu", "bf16", False, True), ("cpu", "fp16", False, True), ("cpu", "bf16", True, False),
+    ("cpu", "fp32", False, False), ("cpu", "auto", False, False), ("cuda", "bf16", False, False)])
+def test_a_dtype_that_this_cpu_has_no_units_for(monkeypatch, capsys, gpus, device, name, able,
+                                                warned):
+    gpus(1)
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
+    for dtype in ("bf16", "fp16"):
+        monkeypatch.setattr(torch.ops.mkldnn, f"_is_mkldnn_{dtype}_supported", lambda: able)
+    machine._warn_without_units.cache_clear()
+    resolve_dtype(name, device), resolve_dtype(name, device)
+    assert capsys.readouterr().err == warned * (
+        f"warning: this CPU has no {name} units: --dtype fp32 is many times faster\n")
+
+
+def test_small_networks_run_with_few_threads(monkeypatch):
+    """But with as many as OMP_NUM_THREADS says, and with no more than before."""
+    threads = [32]
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads[-1])
+    monkeypatch.setattr(torch, "set_num_threads", threads.append)
+    monkeypatch.setenv("OMP_NUM_THREADS", "32")
+    machine.use_few_threads()
+    assert threads == [32]
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    for before, after in ((32, machine.FEW_THREADS), (1, 1)):
+        threads.append(before)
+        machine.use_few_threads()
+        assert threads[-1] == after
+
+
+@pytest.mark.full
+@pytest.mark.skipif(sys.platform != "linux", reason="asks GNU's OpenMP")
+@pytest.mark.parametrize("given", ["", "ACTIVE"])
+@pytest.mark.parametrize("script", ["sample.py", "train.py", "eval.py"])
+def test_waiting_threads_leave_the_cores_to_others(script, given):
+    """PyTorch's OpenMP prints its settings as it is loaded."""
+    environment = os.environ | {"OMP_DISPLAY_ENV": "true"} | (
+        {"OMP_WAIT_POLICY": given} if given else {})
+    printed = subprocess.run([sys.executable, machine.ROOT / script, "--help"], check=True,
+                             capture_output=True, text=True, env=environment).stderr
+    assert f"OMP_WAIT_POLICY = '{given or 'PASSIVE'}'" in printed
 
 
 def test_math_attention_changes_only_the_time(unet, batch):

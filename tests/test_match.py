@@ -12,6 +12,7 @@ from eval_helpers import STEPS, command, empty, refusal, workspace  # noqa: F401
 import eval as script
 import ppdd
 from evaluation import match, sampling
+from mini import postcards
 from support.base import MINI, load_base
 from support.guides import save_guide
 
@@ -66,3 +67,76 @@ def test_match_is_what_training_calls_unexplained(workspace, monkeypatch):
 def test_no_guidance_is_nothing_to_match(workspace, capsys):
     assert "nothing to match" in refusal(capsys, "match", "--g", "0")
     assert "nothing to match" in refusal(capsys, "match", "--g", "8", "1e-9")
+
+
+# ----------------------------------------------------------------------- Section 5.4
+
+
+@pytest.mark.full
+def test_features(workspace, monkeypatch):
+    monkeypatch.setattr(sampling, "STAGE_ONE", match.PARTS)         # a step for each part
+    command("features --count 3 --batch 2 --g 2 8")
+    guides = json.loads(Path("runs/eval/features.json").read_text())["guides"]
+    assert list(guides) == ["full", "tiny"]
+    for guide in guides.values():
+        for g in ("2", "8"):
+            assert len(guide["norm"][g]) == match.PARTS
+    assert "on edges" not in guides["tiny"] and list(guides["full"]["on edges"]) == ["2", "8"]
+    page = Path("runs/eval/features.md").read_text()
+    assert page.count("| tiny | 8 |") == 1 and page.count("| full | 8 |") == 2
+
+
+def test_what_a_guide_adds_is_measured_at_each_step(workspace, monkeypatch):
+    """Norm and share of maps that are known: all on the edges, then everywhere alike."""
+    image = torch.zeros(2, 3, 64, 64, dtype=torch.uint8)
+    image[..., 8:] = 255                                      # an edge between two columns of cells
+    edges = match.edge_mask(image, (8, 8))
+    assert edges.sum((1, 2)).tolist() == [13, 13] and edges[..., 2:].sum() == 0
+    steps = [[2 * edges, torch.zeros(2, 4, 4)], [torch.full((2, 8, 8), 9.0), torch.zeros(2, 4, 4)]]
+    monkeypatch.setattr(match, "residual_maps", lambda *_: (steps, image))
+    base = load_base(MINI)
+    config = script.Config("features", count=2, device="cpu")
+    prompts, row = sampling.Prompts(config, base), sampling.guide_row(config, base, "tiny")
+    norm, share = match.full_features(config, base, row, prompts, 8.0).values()
+    assert norm.tolist() == pytest.approx([(2 * 13 / 64) ** 0.5, 3])
+    assert share.tolist() == pytest.approx([64 / 13, 1])
+    (norm,) = match.tiny_features(config, base, row, prompts, 8.0).values()
+    c, t = base.embed(prompts.of(0)[0]), torch.tensor([ppdd.step_grid(row.steps)[1]])
+    added = torch.cat(row.guide(torch.full((2,), 8.0), base.unet.embed_time(t), c), dim=1)
+    assert norm[1].item() == pytest.approx(added.flatten(1).norm(dim=1).mean().item(), rel=1e-4)
+
+
+def test_a_share_is_a_ratio_of_sums_and_no_mean_of_ratios():
+    sums = torch.ones(2, match.BINS, 2, dtype=torch.float64)
+    sums[0, 0] = torch.tensor([3.0, 90.0])
+    sums[1, 9] = torch.tensor([0.0, 9.0])
+    shares = match._shares((2.0, 8.0), sums)
+    assert shares["all"] == round(100 * 21 / 117, 2)
+    assert shares["by g"] == {"2": round(100 * 12 / 99, 2), "8": round(100 * 9 / 18, 2)}
+    assert [*shares["by t"].items()][::9] == [("0–99", round(100 * 4 / 91, 2)),
+                                              ("900–999", round(100 * 1 / 10, 2))]
+
+
+def test_a_postcard_is_encoded_with_one_noise_and_noised_with_another_for_each_t():
+    base, grid = load_base(MINI), ppdd.step_grid(2)
+    attributes = postcards.sample_attributes(3, torch.Generator().manual_seed(0))
+    noised = match.noised_postcards(base, "cartoon", attributes, grid, seed=5)
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        moments = base.vae.encode(2 * postcards.draw(attributes, "cartoon", generator) - 1)
+    noise = torch.randn(3, 3, 4, 8, 8, generator=generator)
+    x = base.vae.sample(moments, noise[2])
+    for z, eps, t in zip(noised, noise, grid[:-1], strict=False):
+        torch.testing.assert_close(z, ppdd.add_noise(x, eps, torch.full((3,), t)))
+    assert len(noised) == 2
+
+
+def test_errors_are_summed_over_all_t_of_a_bin(monkeypatch):
+    base, grid = load_base(MINI), ppdd.step_grid(20)
+    config = script.Config(command="match", count=1, device="cpu", g=(2.0, 8.0))
+    monkeypatch.setattr(match, "noised_postcards", lambda *_: [torch.zeros(1, 4, 8, 8)] * 20)
+    monkeypatch.setattr(match, "compare_with_teacher", lambda base, rows, gs, z, *_: (
+        torch.ones(1, len(gs), 2), torch.zeros_like(z)))
+    sums = match.squared_errors(config, base, sampling.Prompts(config, base), [None], slice(0, 1),
+                                grid)
+    assert torch.equal(sums, torch.full((1, 2, 2, match.BINS, 2), 2.0).double())

@@ -5,12 +5,14 @@ import random
 import re
 import shutil
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors import safe_open
 
 from mini import postcards, tune
+from mini.dataset import Postcards
 from mini.judge import Benchmark, load_judge
 from support.base import MINI, base_sha256, load_base
 from support.guides import load_guide, read_guide
@@ -156,3 +158,38 @@ def test_the_comparisons_that_are_published_are_all_in_the_file(tmp_path, monkey
         monkeypatch.setattr(sys, "argv", ["tune.py", "--out", str(out), *words.split()])
         tune.main()
     assert len(commands) == 3 and out.read_bytes() == before
+
+
+def test_postcards_to_train_on_are_encoded_from_minus_one_to_one(toy_base):
+    base, generator = load_base(toy_base), torch.Generator().manual_seed(4)
+    attributes = postcards.sample_attributes(3, generator)
+    images = postcards.draw(attributes, generator=generator)
+    moments = Postcards(base, 3, seed=4).moments(torch.tensor([2, 0]))
+    assert images.min() < 0.2 and images.max() > 0.8
+    torch.testing.assert_close(moments, base.vae.encode(2 * images - 1)[[2, 0]])
+
+
+def test_an_image_is_right_where_all_six_attributes_are():
+    few = Benchmark.__new__(Benchmark)
+    few.attributes = torch.zeros(4, 6)
+    seen = torch.zeros(4, 6)
+    seen[0, 1:3] = seen[1, 2] = 1
+    few.judge = SimpleNamespace(read=lambda images: seen)
+    assert few.accuracy(torch.empty(0)) == {"all": 0.5, "subject": 1, "color": 0.75, "place": 0.5,
+                                            "time": 1, "position": 1, "size": 1}
+
+
+def test_trials_go_to_runs_and_the_project_s_own_rows_stay(tmp_path, monkeypatch):
+    def rows(*argv) -> dict[str, list]:
+        monkeypatch.setattr(sys, "argv", ["tune.py", *argv])
+        tune.main()
+        return {str(file.relative_to(tmp_path)): json.loads(file.read_text())
+                for file in sorted(tmp_path.rglob("*.json"))}
+
+    (tmp_path / "results").mkdir()
+    (tmp_path / "results/tuning.json").write_text('["theirs"]')
+    monkeypatch.setattr(tune, "ROOT", tmp_path)
+    monkeypatch.setattr(tune, "compare_training", lambda out, *_: out.write_text(
+        json.dumps([*tune.read_rows(out), "mine"])))
+    assert rows() == {"results/tuning.json": ["theirs"], "runs/tuning.json": ["theirs", "mine"]}
+    assert rows("--update-results")["results/tuning.json"] == ["theirs", "mine"]

@@ -1,6 +1,7 @@
 """The miniature can be made again from nothing, and a stage goes on where it was stopped."""
 
 import json
+import math
 import subprocess
 import sys
 from dataclasses import replace
@@ -16,6 +17,7 @@ from mini import postcards
 from mini import train as maker
 from mini.judge import load_judge
 from support.base import MINI, load_base
+from vae import VAE, VAEConfig
 
 SHORT = maker.Config(images=64, captions=1, vae_updates=2, clip_updates=2, clip_batch=16,
                      judge_updates=2, judge_batch=8, unet_updates=2, unet_batch=4,
@@ -118,3 +120,24 @@ def test_scripts_start_from_any_folder(script, tmp_path):
     argument = "sheet.png" if script == "postcards" else "--help"
     subprocess.run([sys.executable, path, argument], cwd=tmp_path, check=True, capture_output=True)
     assert script != "postcards" or (tmp_path / "sheet.png").exists()
+
+
+def test_the_scale_factor_brings_latents_to_unit_variance():
+    vae, generator = VAE(VAEConfig(ch=8, ch_mult=(1,), norm_groups=8)), torch.Generator()
+    noise = torch.randn(2, 9, 4, 32, 32, generator=generator.manual_seed(0))
+    moments = torch.cat([5 + 2 * noise[0], torch.full_like(noise[0], math.log(9))], dim=1)
+    maker.set_scale(vae, moments)
+    assert vae.sample(moments, noise[1]).std().item() == pytest.approx(1, abs=0.02)
+
+
+def test_a_stage_keeps_the_running_mean_of_its_weights(tmp_path):
+    """Of so few updates it is of the last ones above all."""
+    net = nn.Linear(1, 1, bias=False)
+    stage = maker.Stage(replace(SHORT, work=str(tmp_path), dtype="fp32"), "net", net,
+                        lambda generator: (net.weight - 5).square().sum(), 9, 1.0, (), warmup=1)
+    mean = first = net.weight.item()
+    for k in range(3):
+        stage.update(k)
+        mean += 9 / (11 + k) * (net.weight.item() - mean)
+    assert stage.average["weight"].item() == pytest.approx(mean)
+    assert first + 1 < mean < net.weight.item() - 0.1

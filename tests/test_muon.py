@@ -32,6 +32,59 @@ def test_a_convolution_moves_along_its_momentum_by_the_documented_size():
         torch.testing.assert_close((before - weight.detach()).view(6, 20), expected)
 
 
+def one_by_one(m, steps=5):
+    """`orthogonalise` of a single matrix, in plain words."""
+    x = m / (m.norm() + 1e-7)
+    x = x.T if m.shape[0] > m.shape[1] else x
+    for _ in range(steps):
+        a = x @ x.T
+        x = 3.4445 * x + (-4.7750 * a + 2.0315 * a @ a) @ x
+    return x.T if m.shape[0] > m.shape[1] else x
+
+
+@pytest.mark.parametrize("shape", [(8, 8), (6, 20), (20, 6)])
+def test_matrices_that_are_taken_together_move_as_alone(shape):
+    batch = torch.randn(5, *shape, generator=torch.Generator().manual_seed(0))
+    for together, m in zip(orthogonalise(batch), batch):
+        torch.testing.assert_close(together, one_by_one(m))
+
+
+def test_parameters_of_equal_shapes_move_as_alone():
+    """Of several groups, some of them convolutions in channels last, and one without a gradient."""
+    shapes = [(12, 4), (6, 5, 2, 2), (12, 4), (12, 4), (6, 20), (7,)]
+    weights = [torch.randn(shape, generator=torch.Generator().manual_seed(k))
+               for k, shape in enumerate(shapes)]
+    weights[1] = weights[1].to(memory_format=torch.channels_last)
+    generator = torch.Generator().manual_seed(9)
+    grads = [torch.randn(4, *shape, generator=generator) for shape in shapes]
+    alone = [nn.Parameter(w.clone()) for w in weights]
+    together = [nn.Parameter(w.clone()) for w in weights]
+    optimizers = [Muon([{"params": together[:3]}, {"params": together[3:]}], lr=0.01),
+                  *(Muon([p], lr=0.01) for p in alone)]
+    for step in range(4):
+        for k, (a, b, grad) in enumerate(zip(alone, together, grads)):
+            a.grad = grad[step].clone()
+            b.grad = None if k == 2 and step == 1 else grad[step].clone()
+        alone[2].grad = together[2].grad
+        for optimizer in optimizers:
+            optimizer.step()
+    for a, b, before in zip(alone, together, weights):
+        assert not torch.equal(a, before)
+        torch.testing.assert_close(a, b)
+
+
+def test_its_state_has_one_entry_a_parameter():
+    """Which is how checkpoints keep it."""
+    layer = nn.Linear(4, 3)
+    optimizer = Muon(layer.parameters(), lr=0.01)
+    layer(torch.ones(2, 4)).sum().backward()
+    optimizer.step()
+    shapes = {name: tuple(value.shape) for name, value in optimizer_tensors(optimizer).items()}
+    assert shapes == {"optimizer.0.momentum": (3, 4), "optimizer.0.step": (),
+                      "optimizer.1.step": (), "optimizer.1.exp_avg": (3,),
+                      "optimizer.1.exp_avg_sq": (3,)}
+
+
 def test_vectors_move_as_with_adamw():
     biases = []
     for kind in (Muon, torch.optim.AdamW):

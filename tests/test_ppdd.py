@@ -231,6 +231,11 @@ def test_each_query_of_a_tiny_guide_makes_its_share_of_the_channels(batch):
         assert disagreement(guide.read_text(c)[:, 2 * q:2 * q + 2], pooled @ rows.T) < 1e-5
 
 
+def test_a_fresh_tiny_guide_reads_nearly_the_mean_of_the_prompt(unet, batch):
+    c, guide = batch[2], fresh(unet, GuideConfig())
+    assert (c @ guide.query.T).softmax(1).max() < 0.2          # of 77 tokens
+
+
 @pytest.mark.parametrize("config", TINY, ids=name_of)
 def test_the_residuals_of_a_whole_run_are_those_of_its_steps(unet, batch, config):
     """Embeddings (N, 1, E) of N steps at once: a tiny guide reads no latent."""

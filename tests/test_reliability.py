@@ -99,7 +99,7 @@ def test_a_run_killed_at_any_moment_goes_on_and_ends_bit_for_bit_the_same(toy_ba
                  "--end-steps", 16, "--save-every", 1, "--trajectories", 0.5)
     whole = tmp_path / "whole"
     whole.mkdir()
-    start(whole, ["--batch", "0"]).join()                # the server's own start takes longer
+    start(whole, ["--batch", "-1"]).join()                # the server's own start takes longer
     seconds = time_of(start(whole, argv), whole)
     rng = random.Random(0)
     wanted, kills, late, runs = KILLS or 2, 0, 0, 0
@@ -134,7 +134,7 @@ def export():
 
 def scores_of(folder):
     """Every score of a table: what was sampled is the same, to the last digit shown."""
-    rows = json.loads((folder / "results/table2.json").read_text())["bases"]["mini"]["rows"]
+    rows = json.loads((folder / "runs/eval/table2.json").read_text())["bases"]["mini"]["rows"]
     assert set(rows) == {"none-2", "cfg-2", "tiny"}
     return {name: {g: cell["mean"] for g, cell in row["cells"].items()}
             for name, row in rows.items()}
@@ -178,13 +178,13 @@ def test_a_signal_saves_at_once_and_says_how_to_go_on(toy_base, here, capsys, mo
     train.main([*argv, "--out", "whole", "--run", "whole-run"])
     train_step = train.Trainer.train_step
 
-    def interrupted(self, stage):
+    def interrupted(self):
         if self.update == 2 and self.stage == 1:
             workers = active_children()                  # a terminal's Ctrl-C reaches them all
             assert len(workers) == (2 if data == "folder" else 0)
             for pid in (*(worker.pid for worker in workers), os.getpid()):
                 os.kill(pid, number)
-        return train_step(self, stage)
+        return train_step(self)
 
     monkeypatch.setattr(train.Trainer, "train_step", interrupted)
     handler = signal.getsignal(number)
@@ -312,7 +312,7 @@ class StubData:
 
 def test_absurd_values_end_in_a_sentence_or_are_right(toy_base, here, capsys, monkeypatch):
     loaded = load_base(toy_base)
-    monkeypatch.setattr(train, "load_base", lambda path, device: loaded)
+    monkeypatch.setattr(train, "load_base", lambda path, device, vae: loaded)
     monkeypatch.setattr(train, "Postcards", StubData)
     monkeypatch.setattr(train.Trainer, "train", lambda self: None)
     monkeypatch.setattr(support.base, "base_sha256", lambda *_: "")

@@ -77,6 +77,14 @@ def match() -> Iterator[str]:
         yield f"| {name} | {shares[NOISED]['all']:.1f} | {shares[TRAJECTORIES]['all']:.1f} |"
 
 
+def features() -> Iterator[str]:
+    guides = results("features")["guides"]
+    for name, guide in guides.items():
+        yield f"| {name}, norm | {' | '.join(f'{v:.1f}' for v in guide['norm']['8'].values())} |"
+    shares = guides["full"]["on edges"]["8"].values()
+    yield f"| full, share on edges | {' | '.join(f'{v:.2f}' for v in shares)} |"
+
+
 def trials() -> Iterator[str]:
     """The rows of results/tuning.json that have a caption accuracy; those of 16 steps first."""
     for row in sorted(results("tuning"), key=lambda row: row.get("steps") != 16):
@@ -170,7 +178,7 @@ def miniature() -> Iterator[str]:
 
 def beside_the_paper() -> Iterator[str]:
     """README's table: Table 2 at g = 8, and what the paper has there for SD 1.5."""
-    paper = {"cfg-50": ("21", "26.60"), "cfg-8": ("116.60", "24.13"),
+    paper = {"none-50": ("–", "–"), "cfg-50": ("21", "26.60"), "cfg-8": ("116.60", "24.13"),
              "full": ("18.19", "30.05"), "full-16": ("20.74", "29.91"),
              "full-8": ("29.53", "29.84"), "tiny": ("19.74", "30.23"),
              "tiny-16": ("23.14", "30.53"), "tiny-8": ("36.22", "30.23"),
@@ -183,8 +191,8 @@ def beside_the_paper() -> Iterator[str]:
 
 
 @pytest.mark.parametrize("page, lines", [
-    *((RESULTS, lines) for lines in (table1, table2, table3, plugged_in, match, trials, speed,
-                                     speed_on_a_gpu, eager_on_a_gpu, growth_on_a_gpu,
+    *((RESULTS, lines) for lines in (table1, table2, table3, plugged_in, match, features, trials,
+                                     speed, speed_on_a_gpu, eager_on_a_gpu, growth_on_a_gpu,
                                      training_on_a_gpu, miniature)),
     (README, beside_the_paper)], ids=lambda value: getattr(value, "__name__", ""))
 def test_tables_show_the_result_files(page: str, lines: Callable[[], Iterator[str]]):
@@ -281,6 +289,20 @@ def find_trial(has_images: bool, **wanted) -> dict:
     return row
 
 
+def feature_claims() -> Iterator[str]:
+    """What the text says of results/features.json: at g = 8, and in the first steps."""
+    guides = results("features")["guides"]
+    norm = {(name, g): [*values.values()] for name, guide in guides.items()
+            for g, values in guide["norm"].items()}
+    tiny, full = norm["tiny", "8"], norm["full", "8"]
+    edges = [*guides["full"]["on edges"]["8"].values()]
+    yield f"norm falls from {max(tiny):.1f} to {tiny[-1]:.1f}."
+    yield f"falls much less, from {max(full):.1f} to {full[-1]:.1f}."
+    yield f"Edges get {edges[-1]:.2f} of their share in the last steps and {edges[0]:.2f} in the"
+    yield f"grows from {norm['full', '2'][0]:.1f} at g = 2 to {full[0]:.1f} at g = 8, and the " \
+          f"tiny guide's from {norm['tiny', '2'][0]:.1f} to {tiny[0]:.1f}."
+
+
 def speed_claims() -> Iterator[str]:
     """What "On two CPU threads" says of results/speed-sd15-cpu.json."""
     ratio = {(r["ratio"], r["side"]): f"{r['median']:.2f}" for r in
@@ -344,8 +366,9 @@ def training_claims() -> Iterator[str]:
 
 @pytest.mark.parametrize("begin, end, expected, others", [
     ("## Table 1", "## Table 2", cost_claims, []),
-    ("## The paper's claims", "## What was tried", claims, []),
+    ("## The paper's claims", "## How the paper was read", claims, []),
     ("## What was tried", "## Figures", trial_claims, ["114.5 %", "43.2 %"]),
+    ("### What the guides add", "## Speed", feature_claims, ["Section 5.4"]),
     ("### On two CPU threads", "### On an H100", speed_claims, ["0.51 and 0.49", "0.99 and 1.06"]),
     ("### On an H100", "### Batch size", gpu_claims, ["torch 2.11"]),
     ("## Reliability", "## The miniature", reliability_claims, []),
@@ -400,12 +423,12 @@ def test_training_times_follow_from_the_measured_updates():
     updates = {"one": "stage-one update", "halving": "halving update"}
     milliseconds = {guide: {key: gpu_rows()[f"{guide} {name}", 64, 8]["ms"]
                             for key, name in updates.items()} for guide in ("tiny", "full")}
-    batch, schedule = train.Config.batch, {}
+    schedule = {}
     for guide, of_8 in milliseconds.items():
-        config = train.DEFAULTS["sd", guide]
+        config = train.DEFAULTS["sd", guide, "cuda"]
         halvings = (train.Config.start_steps // train.Config.end_steps).bit_length() - 1
         total = config.updates * of_8["one"] + halvings * config.halving_updates * of_8["halving"]
-        schedule[guide] = total * batch / 8 / 1000 / 3600
+        schedule[guide] = total * config.batch / 8 / 1000 / 3600
     rows = {row["what"]: row["ms"] / 1000 for row in results("speed-sd15-cpu")["rows"]
             if row["side"] == 32}
     cpu = [f"{rows[f'{guide} stage-one update']:.1f} s" for guide in ("tiny", "full")]

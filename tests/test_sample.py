@@ -4,6 +4,8 @@
 
 import json
 import os
+import random
+import re
 import shutil
 import subprocess
 import sys
@@ -33,14 +35,18 @@ from toys import (  # noqa: F401 (fixtures)
     write_guide,
 )
 
+import mini
 import ppdd
 import sample
 import support.base
 import support.distributed
 import support.guides
 from clip_text import TextConfig
+from mini import postcards
+from mini.judge import load_judge
 from support.base import Base, load_base
 from support.guides import find_guide, load_guide
+from support.images import slug
 from unet import UNetConfig
 from vae import VAEConfig
 
@@ -51,9 +57,10 @@ def test_the_command_alone(here, capsys):
     images = command("")
     printed = capsys.readouterr().out
     assert [p.name[:4] for p in images] == [f"{k:03d}-" for k in range(8)]
-    assert images[0].name == "000-a-big-red-boat-on-the-sea-at-sunset-in-the-middle.png"
+    assert images[0].name == f"000{slug(mini.EXAMPLES[0])}.png"
     assert all(pixels(p).shape == (64, 64, 3) for p in images)
-    assert Image.open("out/grid.png").size == (4 * 200 + 8, 2 * 200 + 8)
+    assert Image.open("out/grid.png").width == 4 * 266 + 10
+    assert all(f"{path}\n" in printed for path in images)
     assert "v1-5-pruned-emaonly.safetensors" in printed and "--weights FILE" in printed
     assert "g = 8 (guidance scale 9 elsewhere)" in printed
     assert "tiny-8.safetensors, distilled on toy for 8 steps" in printed and "grid.png" in printed
@@ -80,6 +87,13 @@ def test_a_batch_size_never_changes_an_image(here):
     command("--steps 2 --batch 4 --n 3 --out four --prompt tree boat")
     pairs = list(zip(sorted(Path("one").glob("0*")), sorted(Path("four").glob("0*"))))
     assert len(pairs) == 6 and all(difference(*pair) <= 1 for pair in pairs)
+
+
+def test_a_negative_prompt_takes_the_place_of_the_empty_one(here):
+    line = "--guide cfg --steps 2 --prompt boat"
+    plain, empty, negative = command(line) + command(line, "--negative", "")[1:] + command(
+        line, "--negative", "blurry")[2:]
+    assert difference(plain, empty) == 0 < difference(plain, negative)
 
 
 def test_image_k_has_seed_plus_k(here):
@@ -281,6 +295,48 @@ def test_a_g_outside_the_trained_range_is_warned_of(here, capsys):
     assert "warning: tiny-8-g8 was trained for g from 8 to 8\n" in capsys.readouterr().err
 
 
+def test_what_a_guide_was_not_made_for_is_warned_of_once(here, capsys):
+    command("--steps 2 --n 3 --sampler plms --prompt tree boat")
+    fewer, plms = [line for line in capsys.readouterr().err.splitlines() if "warning" in line]
+    assert fewer == "warning: tiny-8 was distilled for 8 steps; 2 are fewer"
+    assert plms == "warning: tiny-8 was distilled for DDIM's steps, not for PLMS"
+    command("--steps 8 --prompt tree")
+    command("--steps 2 --sampler plms --guide guides/toy/tiny.safetensors --prompt tree")
+    assert "warning" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("size, warned", [("48", False), ("96x64", False), ("32", True),
+                                          ("64x112", True)])
+def test_sides_far_from_the_base_s_own_are_warned_of(here, capsys, size, warned):
+    command(f"--steps 1 --guide none --prompt tree --size {size}")
+    assert ("trained on images of 64 pixels" in capsys.readouterr().err) == warned
+
+
+@pytest.mark.parametrize("guide", ["tiny", "full", "guides/toy/tiny-8.safetensors"])
+def test_g_0_is_sampled_without_the_guide(here, capsys, guide):
+    plain, = command("--steps 2 --guide none --prompt tree")
+    image = command(f"--steps 2 --g 0 --prompt tree --guide {guide}")[1]
+    assert capsys.readouterr().err.count("warning: g = 0 is no guidance: sampling without") == 1
+    assert difference(plain, image) == 0 and "Guide: none" in Image.open(image).text["parameters"]
+
+
+def test_words_that_the_miniature_never_saw_are_named_once(here, capsys):
+    command("--steps 1 --guide none --n 2 --prompt", "A tiny cat's boat, 8K", "a cat, in TOWN, cat")
+    printed = capsys.readouterr().out
+    assert printed.count("the miniature draws 8 subjects (boat, house, tree, cactus, balloon, "
+                         "rocket, car, mushroom); it never saw the words: cat's, cat\n") == 1
+    rng = random.Random(0)
+    captions = [postcards.caption(a, rng) for a in postcards.sample_attributes(300)]
+    assert mini.notes_on(captions) == []
+    assert mini.notes_on([" ".join(f"x{k}" for k in range(12))])[0].endswith(", x9, and 2 more")
+
+
+def test_what_a_prompt_loses_is_said(here, capsys):
+    command("--steps 1 --guide none --prompt", "a tree (red:1.3)", "boat " * 80)
+    printed = capsys.readouterr().out
+    assert "'boat boat boat boat boat'" in printed and "'(red:1.3)'" in printed
+
+
 def test_a_trained_negative_prompt_is_printed(here, capsys):
     write_guide(here / "mine/t.safetensors", UNET, "tiny", 8, uncond="dull")
     command("--steps 1 --guides mine --prompt tree")
@@ -304,6 +360,40 @@ def test_a_comparison(here):
     assert Path("out/compare-2.png").exists()
 
 
+def test_a_comparison_shows_five_examples_and_honours_n(here, capsys):
+    command("--compare --steps 1 --guide full")
+    command("--compare --steps 1 --n 2 --prompt tree --seed 3")
+    assert capsys.readouterr().err.count("--guide full is ignored: --compare shows all four") == 1
+    config = sample.Config(**json.loads(Image.open("out/compare.png").text["ppdd"]))
+    assert tuple(config.prompt) == mini.EXAMPLES[:5]
+    two, [image] = Image.open("out/compare-2.png"), command("--steps 1 --seed 4 --prompt tree")
+    cell = two.crop((200 + 3 * 267, 104 + 267, 200 + 3 * 267 + 256, 104 + 267 + 256))
+    expected = Image.open(image).resize((256, 256), Image.Resampling.NEAREST)
+    assert abs(np.asarray(cell).astype(int) - np.asarray(expected)).max() <= 1
+
+
+def attributes_of(prompt: str) -> list[int]:
+    """The attributes that a prompt names, by the tables from which captions are made."""
+    tables = [postcards.PHRASES.get(name) or [(value,) for value in values]
+              for name, values in postcards.ATTRIBUTES.items()]
+    return [next(k for k, phrases in enumerate(table)
+                 if any(re.search(rf"\b{phrase}\b", prompt) for phrase in phrases))
+            for table in tables]
+
+
+def test_the_examples_show_the_difference(tmp_path, monkeypatch):
+    """Each example misses something without guidance, and CFG and both guides show all of it."""
+    monkeypatch.chdir(tmp_path)
+    attributes, judge = torch.tensor([attributes_of(p) for p in mini.EXAMPLES]), load_judge()
+    assert all(len(set(attributes[:, column].tolist())) == 8 for column in (0, 1))
+    for guide in ("none", "cfg", "full", "tiny"):
+        command(f"--weights mini --device cpu --guide {guide} --out {guide}")
+        images = [pixels(path) for path in sorted(Path(guide).glob("0*.png"))]
+        seen = judge.read(torch.tensor(np.stack(images)).permute(0, 3, 1, 2) / 255)
+        right = (seen == attributes).all(1)
+        assert not right.any() if guide == "none" else right.all(), guide
+
+
 def test_a_comparison_without_a_guide_and_with_a_named_one(here, capsys):
     Path("guides").unlink()
     write_guide(here / "mine.safetensors", UNET, "tiny", 8)
@@ -320,7 +410,8 @@ def test_a_comparison_without_a_guide_and_with_a_named_one(here, capsys):
     ("--steps 0", "from 1 to 1000"), ("--steps 1001", "from 1 to 1000"), ("--steps -3", "-3"),
     ("--steps eight", "eight"), ("--g nan", "--g nan"), ("--g inf", "--g inf"), ("--g", "--g"),
     ("--guide huge", "tiny, full, cfg"), ("--guide no.safetensors", "safetensors does not exist"),
-    ("--guide toy.safetensors", "is not a guide"), ("--guides nowhere", "no such folder"),
+    ("--guide toy.safetensors", "is not a guide"), ("--guides nowhere", "No such file"),
+    ("--guides toy.safetensors", "a file, not a folder"),
     ("--guide deep-8.safetensors", "another size"), ("--n 0", "--n 0"), ("--n 1000000", "--n"),
     ("--batch 0", "--batch 0"), ("--batch 99999", "--batch"), ("--seed -1", "--seed -1"),
     ("--seed 99999999999999999999", "--seed"), ("--size 100", "multiples of 16 with toy"),
@@ -330,14 +421,15 @@ def test_a_comparison_without_a_guide_and_with_a_named_one(here, capsys):
     ("--negative dull", "train.py --uncond"), ("--negative dull --guide none", "--guide cfg"),
     ("--negative dull --guide cfg --compare", "--guide cfg"),
     ("--prompts no.txt", "no.txt: there is no such file"),
-    ("--prompts empty.txt", "no prompt in it"), ("--prompts latin.txt", "not a UTF-8"),
+    ("--prompts empty.txt", "no prompt in it"), ("--prompts latin.txt", "not a text in UTF-8"),
     ("--prompts .", "directory"), ("--out empty.txt", "empty.txt: File exists"),
     ("--out empty.txt/x", "empty.txt/x: Not a directory"), ("--prompt \udcff", "not text"),
     ("--device cuda:99", "none here"), ("--device gpu", "cuda:1"), ("--device meta", "none here"),
     ("--weights no.safetensors", "no.safetensors does not exist"),
     ("--weights latin.txt", "latin.txt is"), ("--weights .", "pass the folder"),
     ("--weights lora.safetensors", "LoRA"), ("--compare --n 17", "32 rows"),
-    ("--compare --compile", "leave one out"), ("--nonsense", "nonsense"),
+    ("--compare --compile", "leave one out"), ("--compare --g 0", "all columns would be the same"),
+    ("--compare --export x", "leave out --compare"), ("--nonsense", "nonsense"),
 ])
 def test_bad_input_is_answered_with_one_sentence(here, toys, capsys, line, part):
     Path("empty.txt").write_text(" \n\n")
@@ -356,8 +448,10 @@ def test_a_missing_gpu_is_named(here, capsys, monkeypatch):
 
 
 def test_a_missing_guide_names_the_command_that_trains_one(here, toys, capsys):
-    message = refusal(capsys, "--weights", f"{toys}/deep.safetensors")
-    assert "`python train.py --guide tiny`" in message and "--weights mini" in message
+    deep = f"{toys}/deep.safetensors"
+    message = refusal(capsys, "--weights", deep, "--vae", deep, "--guide", "full")
+    assert f"`python train.py --guide full --weights {deep} --vae {deep}`" in message
+    assert "--weights mini" in message
 
 
 def test_a_deeper_base_wants_rounder_sizes(here, toys, capsys):
@@ -369,6 +463,16 @@ def test_a_deeper_base_wants_rounder_sizes(here, toys, capsys):
 def test_a_folder_that_cannot_be_written(here, capsys):
     Path("out").mkdir(mode=0o500)
     assert "Permission denied" in refusal(capsys)
+
+
+@pytest.mark.parametrize("line", ["--weights toy.safetensors", "--guides mine",
+                                  "--weights folder", "--guide guides/toy/tiny-8.safetensors"])
+def test_what_may_not_be_read_is_said_to_be_so(here, toys, capsys, monkeypatch, line):
+    Path("toy.safetensors").symlink_to(toys / "toy.safetensors")
+    Path("mine").mkdir()
+    Path("folder/unet").mkdir(parents=True)
+    monkeypatch.setattr(os, "access", lambda path, mode: False)                  # root may do all
+    assert "Permission denied" in refusal(capsys, *line.split())
 
 
 @pytest.mark.parametrize("line", ["--weights no.safetensors", *(

@@ -74,7 +74,7 @@ def test_any_prompt_beside_a_comparison(here, name):
 @pytest.mark.parametrize("data, prompts", [
     (b"\xef\xbb\xbfa cat\r\nb\r\n\r\n", ["a cat", "b"]), (b"a\rb\n\n \t\nc", ["a", "b", "c"]),
     ("a\u2028b\x0cc\x85d\n".encode(), ["a b c d"]), (b"a\0b\n", ["a\0b"]),
-    (b"a" * 100_000, ["a" * 100_000]), (b"\xff\xfea\0", None), (b"caf\xe9\n", None), (b"", None),
+    (b"a" * 100_000, ["a" * 100_000]), (b"\xff\xfea\0", ["a"]), (b"caf\xe9\n", None), (b"", None),
     (b"\xef\xbb\xbf", None), (b"\n" * 1000, None), (b"\xed\xa0\x80", None), (b"\xc0\xaf", None)])
 def test_any_file_of_prompts(here, capsys, data, prompts):
     Path("p.txt").write_bytes(data)
@@ -140,6 +140,8 @@ def test_help(here, capsys):
     assert exit.value.code == 0
     message = capsys.readouterr().out
     assert all(f"--{f.name}" in message for f in fields(sample.Config))
+    assert all(f"\n{group}:\n" in message
+               for group in ("what to draw", "base and guide", "output", "machine"))
 
 
 def test_a_lack_of_memory_is_reported(here, capsys, monkeypatch):

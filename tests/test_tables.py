@@ -8,11 +8,15 @@ import random
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from conftest import disagreement
+from diffusers import PNDMScheduler
 from eval_helpers import (  # noqa: F401
     FEW,
     GUIDES,
@@ -25,10 +29,12 @@ from eval_helpers import (  # noqa: F401
     postcard_folder,
     refusal,
     shorten,
+    statistics_of,
     table,
     workspace,
 )
 from PIL import Image
+from small import batch, spy, unet  # noqa: F401
 
 import eval as script
 import ppdd
@@ -37,8 +43,9 @@ from evaluation import metrics, sampling, tables
 from evaluation.features import load_clip
 from mini import postcards
 from mini.judge import load_judge
-from support import images
+from support import fast, images
 from support.base import MINI, NO_WEIGHTS, load_base
+from unet import UNet
 
 
 @pytest.fixture
@@ -59,7 +66,7 @@ def stored_cell(name: str) -> tuple[Path, dict]:
 def test_table2(workspace, capsys):
     """Every score is recomputed from the stored images, by other code."""
     command("table2 --g 2 8", *FEW)
-    result, page = json.loads(Path("results/table2.json").read_text()), capsys.readouterr().out
+    result, page = json.loads(Path("runs/eval/table2.json").read_text()), capsys.readouterr().out
     rows = result["bases"]["mini"]["rows"]
     assert {name: list(row["cells"]) for name, row in rows.items()} == {
         "none-2": ["0"], "cfg-2": ["2", "8"], "cfg-plms-2": ["2", "8"], "full": ["2", "8"],
@@ -76,8 +83,8 @@ def test_table2(workspace, capsys):
         assert cell["mean"][name] == pytest.approx(np.mean(values), abs=1e-3)
         assert cell["spread"][name] == pytest.approx(np.std(values, ddof=1), abs=1e-3)
     mean = f"{cell['mean']['CLIP-FID']:.4f} ± {cell['spread']['CLIP-FID']:.4f} / "
-    page = page.removeprefix(f"{NO_WEIGHTS}\n")
-    assert page == Path("results/table2.md").read_text() + "\n" and mean in page
+    assert NO_WEIGHTS in page and Path("runs/eval/table2.md").read_text() in page and mean in page
+    assert "written to runs/eval/table2.json and runs/eval/table2.md\nimages in runs/e" in page
     assert "CLIP-FID (the miniature's CLIP) / CLIP score / caption accuracy in %" in page
     assert " FID" not in page and "2 + 2 guide" in page and rows["full"]["guide"] in page
 
@@ -120,7 +127,7 @@ def test_a_killed_run_goes_on(workspace, monkeypatch):
     monkeypatch.setattr(images, "save_png", save_few)
     with pytest.raises(SystemExit) as exit:
         command("table2 --g 8", *FEW)
-    assert exit.value.code == 130 and not Path("results").exists()
+    assert exit.value.code == 130 and not Path("runs/eval/table2.json").exists()
     assert all("scores" in stored_cell(f"none-2-g0-seed{k}")[1] for k in (0, 1))
     assert "scores" not in stored_cell("cfg-2-g8-seed0")[1]
     kept = {path: path.stat().st_mtime_ns for path in Path("runs").rglob("*.png")}
@@ -130,7 +137,6 @@ def test_a_killed_run_goes_on(workspace, monkeypatch):
     resumed = table()
     untouched = [path for path, at in kept.items() if path.stat().st_mtime_ns == at]
     assert len(untouched) == 8                        # 3 + 3, and the whole batch of the third cell
-    shutil.rmtree("results")
     shutil.rmtree("runs")
     command("table2 --g 8", *FEW)
     assert table() == resumed
@@ -161,7 +167,7 @@ def test_a_table_is_a_fold_over_its_cells(two_rows):
     seeds = before["bases"]["mini"]["rows"]["tiny"]["cells"]["8"]["seeds"]
     assert seeds["1"] == {"key": file.parent.parent.name, "commit": cell["commit"],
                           **cell["scores"]}
-    Path("results/table2.json").unlink()
+    Path("runs/eval/table2.json").unlink()
     command("table2 --g 8", *FEW)
     assert table() == before
 
@@ -185,7 +191,6 @@ def test_two_processes_give_what_one_gives(workspace):
     torch.set_num_threads(threads)
     one = table()
     sampled = {p.relative_to("runs"): p.read_bytes() for p in Path("runs").rglob("*.png")}
-    shutil.rmtree("results")
     shutil.rmtree("runs")
     Path("short.py").write_text(
         f"import sys; sys.path.insert(0, {str(ROOT)!r})\nfrom pathlib import Path\n"
@@ -199,7 +204,7 @@ def test_two_processes_give_what_one_gives(workspace):
     subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone",
                     "--nproc-per-node", "2", "short.py", "table2", "--g", "8", *FEW], check=True,
                    env=environment, capture_output=True)
-    assert json.loads(Path("results/table2.json").read_text())["protocol"]["processes"] == 2
+    assert json.loads(Path("runs/eval/table2.json").read_text())["protocol"]["processes"] == 2
     again = {p.relative_to("runs"): p.read_bytes() for p in Path("runs").rglob("*.png")}
     assert again == sampled and table() == one
 
@@ -210,24 +215,24 @@ def test_given_prompts_have_no_accuracy(two_rows):
     rows = table()["bases"]["mini"]["rows"]
     assert rows["tiny-16"]["title"] == "tiny guide, 16 steps"
     assert set(rows["tiny"]["cells"]["8"]["mean"]) == {"CLIP-FID", "CLIP"}
-    assert "caption accuracy in %" not in Path("results/table2.md").read_text()
+    assert "caption accuracy in %" not in Path("runs/eval/table2.md").read_text()
 
 
 def test_no_run_drops_what_a_result_holds(two_rows, capsys):
     shutil.copy(ROOT / "mini" / "mini.safetensors", "other.safetensors")
     command("table2 --g 8 --guides tiny-16", *FEW)
-    before = Path("results/table2.json").read_bytes()
+    before = Path("runs/eval/table2.json").read_bytes()
     same = ["--guides", "tiny-16"]
     for more, message in (([*same, "--weights", "other.safetensors"], "other bases too (mini)"),
                           ([], "other rows too (tiny-16)"),
                           ([*same, "--references", "25"], "measured by another references, ref")):
         assert message in refusal(capsys, "table2", "--g", "8", *FEW, *more)
-        assert Path("results/table2.json").read_bytes() == before
+        assert Path("runs/eval/table2.json").read_bytes() == before
 
 
 def test_a_table_stays_until_a_new_one_is_whole(two_rows, monkeypatch):
     command("table2 --g 8", *FEW)
-    before = Path("results/table2.json").read_bytes()
+    before = Path("runs/eval/table2.json").read_bytes()
 
     def killed(*_):
         raise KeyboardInterrupt
@@ -235,7 +240,7 @@ def test_a_table_stays_until_a_new_one_is_whole(two_rows, monkeypatch):
     monkeypatch.setattr(tables.Cells, "time_rows", killed)
     with pytest.raises(SystemExit):
         command("table2 --g 8", *FEW)
-    assert Path("results/table2.json").read_bytes() == before
+    assert Path("runs/eval/table2.json").read_bytes() == before
 
 
 def test_a_damaged_image_is_sampled_again(two_rows, capsys):
@@ -301,18 +306,90 @@ def test_sentences(two_rows, capsys, monkeypatch):
     assert "multiple of" in refusal(capsys, "table2", "--size", "60")
     assert "--seeds" in refusal(capsys, "table2", "--seeds", "-1")
     assert "from 0 to" in refusal(capsys, "table2", "--references", "1000000000000")
-    Path("results").mkdir()
-    Path("results/table2.json").write_text("{}")
+    Path("runs/eval").mkdir(parents=True)
+    Path("runs/eval/table2.json").write_text("{}")
     assert "move it away" in refusal(capsys, "table2", *FEW)
-    Path("results/table2.json").unlink()
+    Path("runs/eval/table2.json").unlink()
     command("table2 --g 8", *FEW)
-    before = Path("results/table2.json").read_bytes()
+    before = Path("runs/eval/table2.json").read_bytes()
     assert "another setting (g)" in refusal(capsys, "table2", "--g", "2", *FEW)
-    assert Path("results/table2.json").read_bytes() == before
+    assert Path("runs/eval/table2.json").read_bytes() == before
     assert "does not exist" in refusal(capsys, "fig5", "--guides", "nowhere.safetensors")
     monkeypatch.setattr(support.base.Base, "is_miniature", False)
     assert "--prompts is needed" in refusal(capsys, "table2")
     assert "--real is needed" in refusal(capsys, "table2", "--prompts", "p.txt", "--size", "64")
+
+
+# ----------------------------------------------------------------------- rows
+
+def test_plms_on_sds_own_spacing_is_diffusers(unet, batch):
+    """The schedule of SD 1.5's scheduler_config.json, around the same UNet."""
+    z, _, c, empty, _ = batch
+    theirs = PNDMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear",
+                           skip_prk_steps=True, set_alpha_to_one=False, steps_offset=1)
+    for steps in (5, 50):
+        theirs.set_timesteps(steps)
+        expected = z
+        with torch.no_grad():
+            for t in theirs.timesteps:
+                times = t.expand(len(z))
+                eps = ppdd.cfg(unet(expected, times, c), unet(expected, times, empty), 5.0)
+                expected = theirs.step(eps, t, expected).prev_sample
+        grid = sampling.leading_grid(steps)
+        assert grid[0] == 1 + 1000 // steps * (steps - 1) and grid[-2:] == [1, 0]
+        ours = fast.sample(unet, z, c, 5.0, steps, empty=empty, sampler="plms", grid=grid)
+        assert disagreement(ours, expected) < 1e-3
+        trailing = fast.sample(unet, z, c, 5.0, steps, empty=empty, sampler="plms")
+        assert disagreement(trailing, expected) > 1e-2
+
+
+def test_rivals_guide_in_some_steps_and_take_a_guide_s_passes(unet, batch, monkeypatch):
+    """Each has the passes that its name says, and the steps are those that it is described by."""
+    z, _, c, empty, _ = batch
+    calls = spy(monkeypatch, UNet, "encode")
+    rivals = [row for row in sampling.WITHOUT_GUIDE if row.guided]
+    assert [row.passes[0] for row in rivals] == [50, 16, 8] * 2
+    for row in rivals:
+        assert row.name.endswith(f"-{row.passes[0]}") and row.passes[1] == 0
+        first, last = row.guided
+        ratio = [ppdd.SIGMA[t + 1] / ppdd.ALPHA[t + 1] for t in ppdd.step_grid(row.steps)[:-1]]
+        if "interval" in row.name:
+            low, high = sampling.INTERVAL
+            assert [k for k, r in enumerate(ratio) if low < r <= high] == [*range(first, last)]
+        else:
+            assert first == 0 and abs(last - row.steps / 2) <= 0.5
+        calls.clear()
+        fast.sample(unet, z, c, 5.0, row.steps, empty=empty, guided=range(first, last))
+        images = [3 * (1 + (first <= k < last)) for k in range(row.steps)]
+        assert [len(given) for given, *_ in calls["encode"]] == images
+
+
+def test_unguided_steps_are_the_plain_prediction(unet, batch):
+    z, _, c, empty, _ = batch
+    grid = ppdd.step_grid(3)
+    expected = z
+    with torch.no_grad():
+        for k, (t, s) in enumerate(zip(grid, grid[1:])):
+            times = torch.full((3,), t)
+            eps = unet(expected, times, c)
+            if k == 1:
+                eps = ppdd.cfg(eps, unet(expected, times, empty), 5.0)
+            expected = ppdd.ddim_step(expected, eps, t, s)
+    found = fast.sample(unet, z, c, 5.0, 3, empty=empty, guided=range(1, 2))
+    assert disagreement(found, expected) < 1e-4
+
+
+def test_a_row_s_settings_are_in_its_key_and_old_keys_stay(workspace):
+    config = sampling.resolve_defaults(script.Config("table2", count=3, device="cpu"))
+    cells = tables.Cells(config, load_base(MINI))
+    plain = sampling.Row("a", "a", "cfg", 4)
+    ways = [plain, plain._replace(guided=(0, 2)), plain._replace(guided=(1, 2)),
+            plain._replace(leading=True)]
+    settings = [cells.settings(tables.Cell(row, 8.0, 0)) for row in ways]
+    assert len({json.dumps(s) for s in settings}) == len(ways)
+    assert list(settings[0]) == ["base", "kind", "steps", "sampler", "guide", "g",
+                                 "first noise seed", "prompts", "size", "batch", "device", "dtype",
+                                 "torch"]
 
 
 # ----------------------------------------------------------------------- scores, noise
@@ -358,13 +435,13 @@ def test_seeds_never_share_noise(workspace, monkeypatch):
 def test_table3(workspace):
     make_styles(workspace)
     command("table3", *FEW)
-    bases = table("results/table3.json")["bases"]
+    bases = table("runs/eval/table3.json")["bases"]
     assert list(bases) == ["watercolor", "cartoon", "realistic"]
     for style, base in bases.items():
-        assert list(base["rows"]) == ["none-2", "cfg-2", "full", "tiny"]
+        assert list(base["rows"]) == ["none-2", "cfg-2", *GUIDES]
         assert base["measured by"]["references"].endswith(f"style {style}")
         assert all(list(row["cells"]) in (["8"], ["0"]) for row in base["rows"].values())
-    assert "| cartoon | tiny guide, 2 steps |" in Path("results/table3.md").read_text()
+    assert "| cartoon | tiny guide, 2 steps |" in Path("runs/eval/table3.md").read_text()
     command("table3 --quick", *FEW[:2])
     quick = table("runs/eval/table3-quick.json")["bases"]
     assert list(quick) == list(bases) and "references" in quick["cartoon"]["measured by"]
@@ -378,7 +455,7 @@ def test_table3_of_given_bases(two_rows, capsys, toy_base):
         postcard_folder(two_rows / name, 5 + k, style=postcards.STYLES[k + 1])
     both = ["--bases", "a.safetensors", "b.safetensors"]
     command("table3", *FEW, *both, "--real", "a", "b")
-    bases = table("results/table3.json")["bases"]
+    bases = table("runs/eval/table3.json")["bases"]
     assert [base["measured by"]["reference images"] for base in bases.values()] == [5, 6]
     for flags, message in (
             ([*both, "--real", "a", "b", "a"], "or 2, one each"), (both[:2], "bases too (b)"),
@@ -391,10 +468,103 @@ def test_table3_of_given_bases(two_rows, capsys, toy_base):
 
 @pytest.mark.full
 def test_quick_has_files_of_its_own(workspace):
-    Path("results").mkdir()
-    Path("results/table2.json").write_text("the real one")
-    command("table2 --quick --out results/table2.json", *FEW[:2])
-    assert Path("results/table2.json").read_text() == "the real one"
-    rows = json.loads(Path("results/table2-quick.json").read_text())["bases"]["mini"]["rows"]
+    Path("runs/eval").mkdir(parents=True)
+    Path("runs/eval/table2.json").write_text("the real one")
+    command("table2 --quick", *FEW[:2])
+    assert Path("runs/eval/table2.json").read_text() == "the real one"
+    rows = json.loads(Path("runs/eval/table2-quick.json").read_text())["bases"]["mini"]["rows"]
     assert list(rows["full"]["cells"]) == ["2", "8"]
     assert list(rows["full"]["cells"]["8"]["seeds"]) == ["0", "1"]
+
+
+def test_the_real_images_of_table_3_are_of_the_bases_own_style(workspace):
+    config = sampling.resolve_defaults(script.Config("table3", references=3, device="cpu"))
+    mini = load_base(MINI)
+    for name, style in (("cartoon", "cartoon"), ("mine", "postcard")):
+        file = Path(f"{name}.safetensors")
+        file.touch()
+        base = replace(mini, path=file)
+        measured = metrics.Metrics(config, base, sampling.Prompts(config, base), postcards.SIZE)
+        generator = torch.Generator().manual_seed(metrics.REFERENCE_SEED)
+        attributes = postcards.sample_attributes(3, generator)
+        drawn = (postcards.draw(attributes, style, generator) * 255).round().byte()
+        (images, asked), = measured.postcards
+        assert torch.equal(images, drawn) and torch.equal(asked, attributes)
+        _, features = measured.extractor
+        assert measured.references.mean == pytest.approx(features(drawn).double().mean(0).numpy())
+
+
+def test_a_score_is_given_as_mean_and_standard_deviation_over_the_seeds():
+    summary = tables.summary({"0": {"CLIP": 1.0}, "1": {"CLIP": 2.0}, "2": {"CLIP": 6.0}})
+    assert summary["mean"] == {"CLIP": 3} and summary["spread"] == {"CLIP": round(7**0.5, 6)}
+    assert tables.summary({"0": {"CLIP": 1.0}})["spread"] == {"CLIP": None}
+
+
+def test_a_score_is_of_each_image_beside_its_own_prompt(workspace, monkeypatch):
+    """Caption accuracy is the share of images in which all six attributes are as asked."""
+    config = sampling.resolve_defaults(script.Config("table2", count=3, batch=2, device="cpu"))
+    cells = tables.Cells(config, load_base(MINI))
+    prompts, asked = cells.prompts.of(0)
+    seen = asked.clone()
+    seen[0, 2:4] += 1
+    seen[1, 3] += 1
+
+    def number(images):                                # image k is of the grey 80 k
+        return (images[:, 0, 0, 0] / 80).long()
+
+    def features(images):
+        return torch.eye(3)[number(images)]
+
+    def texts(given):
+        return torch.eye(3)[[prompts.index(text) for text in given]]
+
+    fakes = {"judge": SimpleNamespace(read=lambda images: seen[number(images * 255 + 1)]),
+             "clip": SimpleNamespace(images=features, texts=texts), "extractor": ("X", features),
+             "references": statistics_of(torch.eye(3))}
+    for name, fake in fakes.items():
+        monkeypatch.setitem(cells.metrics.__dict__, name, fake)
+    for k in range(3):
+        images.save_png(Path(f"cell/{k:05d}.png"), Image.new("RGB", (64, 64), (80 * k,) * 3))
+    shares = {"caption accuracy": 100 / 3, "subject": 100, "color": 100, "place": 200 / 3,
+              "time": 100 / 3, "position": 100, "size": 100}
+    assert cells.metrics.score(Path("cell"), prompts, asked) == pytest.approx(
+        {"X": 0, "CLIP": 100} | shares, abs=1e-5)
+
+
+def test_milliseconds_are_an_image_s_and_the_first_round_only_warms_up(workspace, monkeypatch):
+    config = sampling.resolve_defaults(script.Config("table2", count=2, device="cpu"))
+    cells, clock, seconds = tables.Cells(config, load_base(MINI)), [0], iter([99, 2, 4, 12])
+    monkeypatch.setattr(sampling, "generate", lambda *_: clock.append(clock[-1] + next(seconds)))
+    monkeypatch.setattr(tables, "time", SimpleNamespace(perf_counter=lambda: clock[-1]))
+    timed = cells.time_rows(list(WITHOUT_GUIDE[:1]))["none-2"]
+    assert timed["rounds"] == [1000, 2000, 6000]
+    assert timed["median"] == 2000 and timed["spread"] == round(7e6**0.5, 2)
+
+
+def test_a_row_counts_its_passes():
+    rows = [sampling.Row("", "", *row) for row in (
+        ("none", 50), ("cfg", 50), ("cfg", 50, "plms"), ("full", 8), ("tiny", 8),
+        ("tiny", 1, "plms"))]
+    assert [row.passes for row in rows] == [(50, 0), (100, 0), (102, 0), (8, 8), (8, 0), (1, 0)]
+
+
+def test_a_row_is_measured_at_every_g_that_it_is_made_for():
+    rows = [*WITHOUT_GUIDE[:2], WITHOUT_GUIDE[1]._replace(only_g=8.0)]
+    assert [row.g_values((2.0, 8.0)) for row in rows] == [[0.0], [2.0, 8.0], [8.0]]
+
+
+def test_a_row_is_sampled_as_it_says(workspace):
+    base = load_base(MINI)
+    prompts, z = ["a red boat"], ppdd.noise([5], (4, 8, 8))
+    c, nothing = base.embed(prompts), base.embed([""])
+    row = next(row for row in WITHOUT_GUIDE if row.name == "cfg-plms-2")
+    made = sampling.generate(base, row, prompts, 8.0, [5], 64)
+    expected = base.decode(ppdd.sample(base.unet, z, c, 8.0, 2, empty=nothing, sampler="plms"))
+    assert (made.int() - expected.int()).abs().max() <= 1
+
+
+def test_fresh_captions_name_all_six_attributes():
+    texts, attributes = sampling.full_captions(20, seed=3)
+    rng, again = random.Random(3), torch.Generator().manual_seed(3)
+    assert torch.equal(attributes, postcards.sample_attributes(20, again))
+    assert texts == [postcards.caption(a, rng, left_out=False) for a in attributes]

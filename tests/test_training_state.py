@@ -22,14 +22,23 @@ from ppdd import GuideConfig
 from support.cli import BadInput
 from support.files import sync
 from support.guides import save_guide
-from support.training_state import RunFolder, load_optimizer, optimizer_tensors, set_aside
+from support.training_state import (
+    History,
+    Pace,
+    RunFolder,
+    duration,
+    load_optimizer,
+    optimizer_tensors,
+    set_aside,
+)
 
 
 def unfinished(toy_base, *more):
     """A run of 30 updates that stopped after 6, with its checkpoints; returns its settings."""
     settings = config(toy_base, "--updates", 30, "--save-every", 2, "--end-steps", 64, *more)
     trainer = train.prepare(settings)
-    trainer.train_stage(replace(trainer.stages[0], updates=6))
+    trainer.stages[0] = replace(trainer.stages[0], updates=6)
+    trainer.train_stage()
     trainer.folder.unlock()
     return settings
 
@@ -160,6 +169,16 @@ def test_a_killed_save_leaves_what_was_there(tmp_path, monkeypatch):
     assert updates_of(folder.checkpoints()) == [2]
 
 
+def test_an_older_checkpoint_goes_only_once_the_newer_one_is_safely_on_disk(tmp_path, monkeypatch):
+    folder, seen = RunFolder(tmp_path), []
+    folder.save({"x": torch.zeros(1)}, {"stage": 0, "update": 2}, keep=1)
+    monkeypatch.setattr(support.training_state, "sync",
+                        lambda path: seen.append((path, updates_of(folder.checkpoints()))))
+    folder.save({"x": torch.zeros(1)}, {"stage": 0, "update": 4}, keep=1)
+    assert seen == [(folder.checkpoint_path(0, 4), [2, 4])]
+    assert updates_of(folder.checkpoints()) == [4]
+
+
 # ------------------------------------------------------------------------------- the log
 
 
@@ -215,19 +234,18 @@ def test_a_guide_of_another_run_is_set_aside_and_its_own_is_not(tmp_path):
 def test_the_state_before_a_bad_update_costs_no_older_one(toy_base, here, monkeypatch):
     settings = unfinished(toy_base, "--keep", 1)
     trainer = train.prepare(replace(settings, resume=True))
-    stage = trainer.stages[0]
-    trainer.train_step(stage)
-    trainer.read_metrics(stage)
-    monkeypatch.setattr(train, "EXPLODED", -1)
-    trainer.recent *= 10
+    trainer.train_step()
+    trainer.read_metrics()
+    monkeypatch.setattr(support.training_state, "EXPLODED", -1)
+    trainer.history.recent *= 10
     with pytest.raises(BadInput, match="from the one before"):
-        trainer.train_step(stage)
+        trainer.train_step()
     assert updates_of(checkpoints(here)) == [6, 7]
 
 
 def tensors_of(trainer):
-    return (trainer.guide.state_dict(), trainer.teacher.state_dict(), trainer.rollout,
-            optimizer_tensors(trainer.optimizer))
+    return (trainer.guide.state_dict(), trainer.teacher.state_dict(),
+            trainer.batches.rollouts.state, optimizer_tensors(trainer.optimizer))
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
@@ -235,12 +253,37 @@ def test_a_resumed_run_goes_on_where_it_was(toy_base, here, optimizer):
     flags = ("--trajectories", 0.5, "--optimizer", optimizer)
     trainer = begin(toy_base, *flags)
     for _ in range(2):
-        trainer.train_step(trainer.stages[0])
-        trainer.read_metrics(trainer.stages[0])
+        trainer.train_step()
+        trainer.read_metrics()
     trainer.save()
     trainer.folder.unlock()
     again = begin(toy_base, *flags, "--resume")
-    assert (again.stage, again.update, again.recent) == (0, 2, trainer.recent)
+    assert (again.stage, again.update) == (0, 2)
+    assert again.history.recent == trainer.history.recent
     for loaded, saved in zip(tensors_of(again), tensors_of(trainer)):
         assert saved and set(loaded) == set(saved)
         assert all(torch.equal(loaded[k], saved[k]) for k in saved)
+
+
+# ------------------------------------------------------------------------------- how updates went
+
+
+def test_a_pace_is_measured_once_after_the_first_updates(monkeypatch):
+    now = iter([0, 20, 40, 60, 61, 64, 68, 90])
+    monkeypatch.setattr(support.training_state.time, "monotonic", lambda: next(now))
+    pace = Pace(warm_up=1)
+    measured = [pace.measure(update) for update in (1, 2, 1, 2, 3, 4, 6, 9)]      # of two stages
+    assert measured == [*[None] * 6, 2.0, None]                 # 8 s from update 2 to 6
+
+
+def test_a_share_of_no_correction_is_no_large_number():
+    history = History()
+    history.add(1e-14, 6e-9, 1e-14, 0.1)
+    assert history.means(1) == (1e-14, 1.0, 0.1) and not history.corrected
+    history.add(0.1, 0.05, 0.1, 0.1)
+    assert history.means(1)[1] == 0.5 and history.corrected
+
+
+def test_durations_are_said_in_words():
+    assert [duration(s) for s in (8.4, 89, 720, 7800, 36_000)] == [
+        "8 s", "89 s", "12 min", "2 h 10 min", "10 h 0 min"]

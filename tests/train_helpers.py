@@ -20,9 +20,10 @@ GUIDES = Path("guides/toy")
 
 
 def flags(base: Path, *more: object) -> list[str]:
-    """A command line for small batches on the CPU, without images of CFG beside the guide."""
+    """A command line for small batches on the CPU, without images of CFG beside the guide. Trials
+    too leave their guides where those of finished runs are."""
     return [str(word) for word in ("--weights", base, "--device", "cpu", "--batch", 4, "--images",
-                                   16, "--grid-every", 0, *more)]
+                                   16, "--grid-every", 0, "--out", "guides", *more)]
 
 
 def config(base: Path, *more: object) -> train.Config:
