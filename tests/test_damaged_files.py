@@ -234,9 +234,9 @@ def test_absurd_metadata_in_a_guide(victims, try_bytes, part):
         try_bytes("guide", with_header(header | {"__metadata__": metadata | {part: stored}}, body))
 
 
-@pytest.mark.parametrize("stored", [json.dumps(v) for v in (
+@pytest.mark.parametrize("stored", ["", "{", "[" * 5000, *(json.dumps(value) for value in (
     {"unet.lora_alpha": "x"}, {"unet.lora_alpha": []}, {"unet.alpha_pattern": 3}, [], 3,
-    {"unet.alpha_pattern": {".*to_q": None}}, {"unet.lora_alpha": math.nan})] + ["", "{", "[" * 5000])
+    {"unet.alpha_pattern": {".*to_q": None}}, {"unet.lora_alpha": math.nan}))])
 def test_absurd_metadata_in_a_lora(victims, try_bytes, stored):
     header, body = header_of(victims["lora"][0])
     header = {k: v for k, v in header.items() if not k.endswith(".alpha")}
