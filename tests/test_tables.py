@@ -230,6 +230,28 @@ def test_no_run_drops_what_a_result_holds(two_rows, capsys):
         assert Path("runs/eval/table2.json").read_bytes() == before
 
 
+def test_rows_are_measured_alone_and_the_others_kept(two_rows, capsys):
+    """The others keep their cells, also at another g, and say what they were made with."""
+    command("table2 --g 2 8", *FEW)
+    file = Path("runs/eval/table2.json")
+    before, made = table()["bases"]["mini"]["rows"], json.loads(file.read_text())["protocol"]
+    shutil.rmtree("runs/eval/mini")
+    command("table2 --g 8 --rows none-2", *FEW)
+    rows = table()["bases"]["mini"]["rows"]
+    assert rows["none-2"] == before["none-2"]
+    assert rows["tiny"] == before["tiny"] | {"kept from": {
+        "torch": made["versions"]["torch"], "commit": made["commit"],
+        "hardware": made["hardware"]}}
+    assert {path.name for path in Path("runs/eval/mini").glob("*/*")} == {
+        "none-2-g0-seed0", "none-2-g0-seed1"}
+    assert f"scores kept from a run at commit {made['commit']}" in (
+        file.with_suffix(".md").read_text())
+    assert "--rows cfg-3: there is no such row" in refusal(
+        capsys, "table2", "--rows", "cfg-3", *FEW)
+    file.unlink()
+    assert "--rows leaves out tiny" in refusal(capsys, "table2", "--rows", "none-2", *FEW)
+
+
 def test_a_table_stays_until_a_new_one_is_whole(two_rows, monkeypatch):
     command("table2 --g 8", *FEW)
     before = Path("runs/eval/table2.json").read_bytes()
