@@ -101,8 +101,8 @@ class Config:
                         low=0, high=MILLION)
     seed: int = option(0, "seed of what is drawn", low=0, high=2**31 - 1)
     batch: int = option(32, "images at a time", low=1, high=4096)
-    size: str = option("", "side of the images; default: 512, the miniature's 64; table1: mini "
-                           "for the miniature, default: Stable Diffusion 1.5")
+    size: str = option("", "side of the images; default: 512, the miniature's 64; for table1 "
+                           "mini, or nothing for Stable Diffusion 1.5")
     device: str = option("", "cuda or cpu; default: cuda where there is one")
     dtype: str = option("auto", "of the base; auto: bf16 on CUDA, fp16 if it is old, else fp32",
                         choices=("auto", *DTYPES))
@@ -128,8 +128,8 @@ class Config:
 def configure(argv: list[str]) -> Config | SpeedConfig:
     """The configuration that a command line gives. Raises BadInput for one that can't be run."""
     name = argv[0]
-    require((name not in COMMANDS, f"{name}: no such command; `python eval.py` lists them, and "
-                                   "one comes before its flags"))
+    require((name.startswith("-"), f"{name}: give the command first, then its flags"),
+            (name not in COMMANDS, f"{name}: no such command; `python eval.py` lists them"))
     kind = SpeedConfig if name == "speed" else Config
     command = COMMANDS[name]
     takes = (*command.takes.split(), "out", "update_results")

@@ -174,8 +174,9 @@ def write_images(config: Config, base: Base, shots: list[Shot], out: Path) -> No
     save(grid, sheet, config, base, method.name, shots[0], sha256.result(), sheet="grid")
     more = [f"and {len(paths) - MAX_NAMED:,} more"] if len(paths) > MAX_NAMED else []
     print(*paths[:MAX_NAMED], *more, sep="\n")
-    shown = f"the first {MAX_ON_SHEET}" if len(shots) > MAX_ON_SHEET else "all"
-    print(f"{len(shots)} × PNG in {out}, {shown} on {grid}: {time.perf_counter() - start:.1f} s")
+    shown = f", with the first {MAX_ON_SHEET}" * (len(shots) > MAX_ON_SHEET)
+    print(f"{len(shots)} images in {out}, contact sheet {grid}{shown} "
+          f"({time.perf_counter() - start:.1f} s)")
 
 
 def warn(*lines: str) -> None:

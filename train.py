@@ -472,8 +472,8 @@ class Trainer:
             if self.captures and self.history.is_bad(loss, norm):
                 raise BadInput(
                     f"the loss is {loss:.4g} and the gradient's norm {norm:.4g} at update "
-                    f"{self.update} ({self.current_stage.title}) or shortly before: go on from the "
-                    f"last checkpoint with {self.lower_lr()}")
+                    f"{self.update} ({self.current_stage.title}) or shortly before: "
+                    f"{self.go_on()} with {self.lower_lr()}")
             self.history.add(loss, error, correction, norm)
             self.stopping = bool(self.signalled if self.captures else stop)
         self.unread = []
@@ -502,10 +502,15 @@ class Trainer:
         row = int(metrics[i, METRICS.index("row")])
         return f"t {batch.t[i]}, g {batch.g[i]:.3g}, {self.data.captions([row])[0]!r}"
 
+    def go_on(self) -> str:
+        return "go on from the last checkpoint" if self.folder.checkpoints() else "begin again"
+
     def lower_lr(self) -> str:
         stage = self.current_stage
         flag = f"--{'halving-' * bool(stage.steps)}lr"
-        return f"a lower {flag} (now {stage.lr:g}): {self.command} {flag} {stage.lr / 2:g}"
+        command = self.command if self.folder.checkpoints() else self.command.replace(
+            " --resume", "")
+        return f"a lower {flag} (now {stage.lr:g}): {command} {flag} {stage.lr / 2:g}"
 
     def require_correction(self) -> None:
         """Raises BadInput where, in stage one, guidance has changed nothing yet."""
@@ -616,7 +621,7 @@ class Trainer:
         grids = f"; images of CFG above the guide: {self.folder.path / '*.png'}"
         tqdm.write(f"log: {self.folder.log_file}{grids * bool(self.config.grid_every)}")
         if limit := self.config.max_updates:
-            tqdm.write(f"a trial guide, of at most {limit} updates a stage, is used only by name: "
+            tqdm.write(f"this was a trial of at most {limit} updates a stage; to sample with it: "
                        f"{self.sample_command()}")
 
     def sample_command(self) -> str:
@@ -641,8 +646,8 @@ class Trainer:
     def state(self) -> dict:
         """What a checkpoint says of the run, beside its tensors."""
         return {"stage": self.stage, "update": self.update, "recent": self.history.recent,
-                "base_hash": self.base_hash, "config": asdict(self.config),
-                "data": self.data.identity, "init": self.init_info}
+                "corrected": self.history.corrected, "base_hash": self.base_hash,
+                "config": asdict(self.config), "data": self.data.identity, "init": self.init_info}
 
     def load(self) -> None:
         """Goes on from the last checkpoint that is whole."""
@@ -651,6 +656,7 @@ class Trainer:
         self.stage, self.update, self.init_info = state["stage"], state["update"], state["init"]
         self.begin_stage()
         self.history.recent = [tuple(metrics) for metrics in state["recent"]]
+        self.history.corrected = state["corrected"]
         for prefix, guide in (("guide.", self.guide), ("teacher.", self.teacher)):
             guide.load_state_dict({k.removeprefix(prefix): v for k, v in tensors.items()
                                    if k.startswith(prefix)})

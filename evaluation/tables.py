@@ -233,6 +233,9 @@ def tabulate(config, rows: list[Row], bases: Iterable[Base], names: list[str]) -
             if rank() == 0:
                 result["protocol"] = protocol(work)
                 check_same(file, previous, result["protocol"], work, rows)
+                if config.rows:         # kept rows may have been measured at more g
+                    kept = previous["protocol"].get("g", ())
+                    result["protocol"]["g"] = sorted({*config.g, *kept})
             work.run(cells, bar)
             if rank() == 0:
                 result["bases"][base.name] = finished_base(work, cells, rows, previous)

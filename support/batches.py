@@ -19,7 +19,7 @@ from torch import Tensor
 
 import ppdd
 from support.base import Base
-from support.distributed import barrier, rank, world_size
+from support.distributed import rank, world_size
 
 
 class Batch(NamedTuple):
@@ -109,8 +109,6 @@ class Batches:
                 for later in range(update, self.updates)
                 for rows in [self.draw_rows(self.generator(later))]
                 for part in self.parts)
-            if self.config.compile:
-                barrier()                       # compiling may take longer than a collective waits
         return self.images
 
     def gather(self, batch: Batch, update: int) -> list[Part]:

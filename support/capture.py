@@ -38,11 +38,11 @@ class Captured:
         leaves, structure = tree_flatten(args)
         # Layers, the keys of dictionaries, are not in it: they belong to a network, which is.
         key = tuple(map(self.identify, leaves))
-        if key not in self.recordings:
+        recording = self.recordings.get(key, self)
+        if recording is self:                           # there is none yet
             if len(self.recordings) >= self.MOST:
                 self.recordings.clear()
-            self.recordings[key] = self.record(leaves, structure)
-        recording = self.recordings[key]
+            recording = self.recordings[key] = self.record(leaves, structure)
         return self.function(*args) if recording is None else recording(leaves)
 
     def identify(self, x: object) -> object:
@@ -52,8 +52,9 @@ class Captured:
         return (x.shape, x.dtype) if isinstance(x, Tensor) else x
 
     def forget(self, network: weakref.ref) -> None:
-        self.recordings = {key: recording for key, recording in self.recordings.items()
-                           if not any(part is network for part in key)}
+        for key in [*self.recordings]:
+            if any(part is network for part in key):
+                del self.recordings[key]
 
     def record(self, leaves: list, structure) -> _Recording | None:
         try:

@@ -90,8 +90,9 @@ def merge_lora(unet: UNet, text: nn.Module, path: Path, scale: float = 1.0) -> l
     unused = [name for name in tensors if name not in used and not name.endswith(".alpha")]
     notes = _notes(strength, unused)
     if not changes:
-        raise CheckpointError(f"{path} holds no LoRA for a base of this kind ({notes[-1]}): pass "
-                              "one for Stable Diffusion 1.5")
+        found = f" ({notes[-1]})" if notes else ""
+        raise CheckpointError(f"{path} holds no LoRA for a base of this kind{found}: pass one for "
+                              "Stable Diffusion 1.5")
     for change in changes:
         _add(*change)
     return notes

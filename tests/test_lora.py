@@ -384,3 +384,9 @@ def test_a_guide_plugs_into_a_base_with_a_lora(here, toys, theirs, capsys):
     hashes = {base_sha256(toys / "toy.safetensors", loras) for loras in
               ((), [(Path("style.safetensors"), 1.0)], [(Path("style.safetensors"), 0.5)])}
     assert len(hashes) == 3 and digest in hashes
+
+
+def test_a_file_without_a_single_layer_is_refused(tmp_path, base):
+    save_file({"lora_unet_x.alpha": torch.ones(())}, tmp_path / "empty.safetensors")
+    with pytest.raises(CheckpointError, match="holds no LoRA for a base of this kind: pass one"):
+        merge_lora(base.unet, base.text, tmp_path / "empty.safetensors")

@@ -320,7 +320,8 @@ def speed_claims() -> Iterator[str]:
 def gpu_claims() -> Iterator[str]:
     """What "On an H100" says of results/speed-sd15-cuda.json."""
     measured, rows = results("speed-sd15-cuda"), gpu_rows()
-    medians = {(r["ratio"], r["batch"]): f"{r['median']:.2f}" for r in measured["ratios"]}
+    medians = {(r["ratio"], r["batch"]): f"{r['median']:.2f}" for r in measured["ratios"]
+               if r["side"] == 64}
 
     def ratios(ours: str, theirs: str) -> list[str]:
         return [medians[f"{ours} / {theirs}", batch] for batch in (1, 16)]

@@ -494,7 +494,7 @@ def test_torchrun_shares_the_images(here, toys):
          "--",                       # or torchrun takes --n for its own
          ROOT / "sample.py", *line.split(), "--device", "cpu", "--out", "shared"],
         capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    assert done.returncode == 0 and done.stdout.count("10 × PNG in shared") == 1, done.stderr
+    assert done.returncode == 0 and done.stdout.count("10 images in shared") == 1, done.stderr
     assert [done.stdout.count(start) for start in ("base: ", "g = 8", "guide: ")] == [1, 1, 1]
     shared = sorted(Path("shared").glob("[0-9]*.png"))
     assert [p.name for p in shared] == [p.name for p in alone] and len(alone) == 10

@@ -159,7 +159,7 @@ def test_a_trial_stays_in_the_runs_folder_and_is_used_only_by_name(toy_base, her
     assert f"log: {folder}/log.jsonl\n" in printed
     command = (f"python sample.py --guide {folder}/tiny-32.safetensors --steps 32 --g 8 "
                f"--weights {toy_base} --lora style.safetensors")
-    assert f"of at most 1 updates a stage, is used only by name: {command}\n" in printed
+    assert f"a trial of at most 1 updates a stage; to sample with it: {command}\n" in printed
     run(toy_base, "--end-steps", 64, updates=1)             # which asks for guides/ by name
     assert set(guides(here)) == {"tiny"} and find_guide(base, "tiny", 8) is None
     assert guide_path(base, "tiny").parent == BUNDLED
