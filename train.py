@@ -298,6 +298,7 @@ class Trainer:
         self.init_info: dict = {}               # what the guide of --init says of itself
         self.signalled, self.stopping = 0, False    # a signal here; one to any process
         self.pace = Pace(warm_up=3 if self.captures else 1)
+        self.batches: Batches | None = None
         self.begin_stage()
 
     @property
@@ -311,6 +312,8 @@ class Trainer:
 
     def begin_stage(self) -> None:
         stage = self.current_stage
+        if self.batches:
+            self.batches.images = None          # ends the processes that load images
         self.batches = Batches(self.config, self.base, self.data, self.stage, stage.steps,
                                stage.updates, self.updates_before(self.stage))
         self.history = History()

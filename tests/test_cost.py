@@ -18,7 +18,7 @@ from support.base import MINI, load_base
 @pytest.fixture(scope="module")
 def table1(tmp_path_factory) -> dict:
     path = tmp_path_factory.mktemp("table1") / "table1.json"
-    command("table1 --device cpu --out", path)
+    command("table1 --out", path)
     return json.loads(path.read_text())
 
 
