@@ -65,13 +65,13 @@ def _warn_without_units(dtype: str) -> None:
               file=sys.stderr)
 
 
-def use_few_threads() -> None:
+def use_few_threads(most: int = FEW_THREADS) -> None:
     """For small networks, and where a GPU computes: more CPU threads would wait for each other.
 
     OMP_NUM_THREADS, where it is set, decides instead.
     """
     if "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(min(torch.get_num_threads(), FEW_THREADS))
+        torch.set_num_threads(min(torch.get_num_threads(), most))
 
 
 def math_attention(device: torch.device | str) -> AbstractContextManager:
