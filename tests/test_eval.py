@@ -38,7 +38,7 @@ COUNTED = Counter()
     ("fid a a --clip-model x", "--clip-model x"), ("fid a a --count 3", "fid takes no --count"),
     ("clip a --prompts two.txt", "has 2 prompts, and there are 1 images"),
     ("clip a --prompts none.txt", "no such file"), ("table1 a", "unrecognized arguments: a"),
-    ("table1 --size huge", "--size huge"), ("--count 3 table2", "one comes before its flags"),
+    ("table1 --size huge", "--size huge"), ("--count 3 table2", "give the command first"),
     ("speed --weights mini", "arguments: --weights"), ("table1 --real=x", "no --real: .*--help"),
     ("table2 --quick --update-results", "not with --quick"),
     ("fid big big", "ViT-g-14.*--inception"), ("table2 --seed x", "invalid int"),

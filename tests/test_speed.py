@@ -465,7 +465,7 @@ def test_sentences(empty, capsys, monkeypatch):
                           ("--device abacus", "--device abacus"),
                           ("--size xl", "invalid choice")):
         assert message in refusal(capsys, *QUICK, *argv.split())
-    assert "one comes before its flags" in refusal(capsys, "--device", "cpu", "speed")
+    assert "give the command first" in refusal(capsys, "--device", "cpu", "speed")
     with monkeypatch.context() as several:
         several.setenv("WORLD_SIZE", "2")
         assert "leave out torchrun" in refusal(capsys, *QUICK)
