@@ -11,15 +11,10 @@ of 64 x 64 for the miniature's where Inception is not found, and says so.
 
 from __future__ import annotations
 
-import os
-import signal
+from support import startup
 
 if __name__ == "__main__":
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")     # else idle threads keep cores busy
-    # Ctrl-C during the imports below ends this silently.
-    on_interrupt = signal.getsignal(signal.SIGINT)
-    if on_interrupt is signal.default_int_handler:                      # and is not ignored
-        signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+    startup.begin()
 
 import sys
 from collections.abc import Callable
@@ -161,5 +156,5 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, on_interrupt)
+    startup.imported()
     main()

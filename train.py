@@ -17,22 +17,19 @@ the latent, L tokens, D width of a token.
 
 from __future__ import annotations
 
-import os
-import signal
+from support import startup
 
 if __name__ == "__main__":
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")     # else idle threads keep cores busy
-    # Ctrl-C during the imports below ends this silently.
-    on_interrupt = signal.getsignal(signal.SIGINT)
-    if on_interrupt is signal.default_int_handler:                      # and is not ignored
-        signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+    startup.begin()
 
 import copy
 import functools
 import math
 import shlex
+import signal
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from pathlib import Path
@@ -278,10 +275,13 @@ METRICS = ("loss", "error", "correction", "row", "stop")   # of each sample, sha
 
 
 class Trainer:
-    """A guide in training: what it needs, and where it stands. command starts the run again."""
+    """A guide in training: what it needs, and where it stands.
+
+    command(resume=…) is what a shell starts the run with again.
+    """
 
     def __init__(self, config: Config, base: Base, data: Postcards | CaptionedImages,
-                 folder: RunFolder, command: str):
+                 folder: RunFolder, command: Callable[..., str]):
         self.config, self.base, self.data = config, base, data
         self.folder, self.command = folder, command
         self.device = base.device
@@ -511,8 +511,7 @@ class Trainer:
     def lower_lr(self) -> str:
         stage = self.current_stage
         flag = f"--{'halving-' * bool(stage.steps)}lr"
-        command = self.command if self.folder.checkpoints() else self.command.replace(
-            " --resume", "")
+        command = self.command(resume=bool(self.folder.checkpoints()))
         return f"a lower {flag} (now {stage.lr:g}): {command} {flag} {stage.lr / 2:g}"
 
     def require_correction(self) -> None:
@@ -722,13 +721,14 @@ def prepare(config: Config, argv: list[str] | None = None) -> Trainer:
     if rank() == 0:
         folder.lock()
     try:
-        return begin(config, base, folder, command(argv, resume=True))
+        return begin(config, base, folder, functools.partial(command, argv))
     except BaseException:
         folder.unlock()
         raise
 
 
-def begin(config: Config, base: Base, folder: RunFolder, command: str) -> Trainer:
+def begin(config: Config, base: Base, folder: RunFolder,
+          command: Callable[..., str]) -> Trainer:
     """The run itself, once its folder is this process's own."""
     data = load_data(config, base)
     if not data.image_count:
@@ -804,5 +804,5 @@ def how_to_go_on(trainer: Trainer | None, argv: list[str] | None) -> str:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, on_interrupt)
+    startup.imported()
     main()

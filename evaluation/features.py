@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import sys
 import textwrap
 from collections.abc import Callable, Iterator
@@ -22,7 +21,7 @@ from torch.nn import functional as F
 
 from support.base import MINI
 from support.cli import BadInput
-from support.files import expand, sha256
+from support.files import expand, hub_cache, sha256
 
 # ------------------------------------------------------------------------------- Inception
 
@@ -274,9 +273,7 @@ def _load_open_clip(open_clip, spec: str) -> Clip:
 def _is_downloaded(known: dict) -> bool:
     """Whether open_clip's weights are in the cache of the Hugging Face hub or in open_clip's."""
     repository = "/".join(known.get("hf_hub", "").split("/")[:2])
-    home = os.environ.get("HF_HOME") or "~/.cache/huggingface"
-    hub = expand(os.environ.get("HF_HUB_CACHE") or f"{home}/hub")
-    snapshots = hub / f"models--{repository.replace('/', '--')}" / "snapshots"
+    snapshots = hub_cache() / f"models--{repository.replace('/', '--')}" / "snapshots"
     url = Path(known.get("url") or "none")
     weights = (file for file in snapshots.glob("*/*") if file.suffix in (".safetensors", ".bin"))
     return any(weights) or (expand("~/.cache/clip") / url.name).is_file()

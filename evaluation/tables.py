@@ -218,8 +218,8 @@ def tabulate(config, rows: list[Row], bases: Iterable[Base], names: list[str]) -
     unknown = [name for name in config.rows if name not in {row.name for row in rows}]
     require((unknown, f"--rows {' '.join(unknown)}: there is no such row; those there are: "
                       f"{', '.join(row.name for row in rows)}"))
-    cells = [Cell(row, g, seed) for row in rows if row.name in (config.rows or (row.name,))
-             for g in row.g_values(config.g)
+    measured = [row for row in rows if not config.rows or row.name in config.rows]
+    cells = [Cell(row, g, seed) for row in measured for g in row.g_values(config.g)
              for seed in range(config.seed, config.seed + config.seeds)]
     result: dict[str, dict] = {"protocol": {}, "bases": {}}
     shapes = set()
@@ -233,47 +233,47 @@ def tabulate(config, rows: list[Row], bases: Iterable[Base], names: list[str]) -
             if rank() == 0:
                 result["protocol"] = protocol(work)
                 check_same(file, previous, result["protocol"], work, rows)
-                if config.rows:         # kept rows may have been measured at more g
-                    kept = previous["protocol"].get("g", ())
-                    result["protocol"]["g"] = sorted({*config.g, *kept})
+                kept = kept_rows(work, rows, previous) if config.rows else {}
+                if kept:                # which may have been measured at more g
+                    result["protocol"]["g"] = sorted({*config.g, *previous["protocol"]["g"]})
             work.run(cells, bar)
             if rank() == 0:
-                result["bases"][base.name] = finished_base(work, cells, rows, previous)
+                result["bases"][base.name] = finished_base(work, cells, rows, kept)
             barrier()
     if rank() == 0:
         report.write_result(file, result, table_page(config.command, result))
         print("images in", ", ".join(str(RUNS / name) for name in result["bases"]))
 
 
-def finished_base(work: Cells, cells: list[Cell], rows: list[Row], previous: dict) -> dict:
+def finished_base(work: Cells, cells: list[Cell], rows: list[Row], kept: dict) -> dict:
     """A base's part of a result, once its cells have their scores."""
-    folded = work.fold(cells)
-    if work.config.rows:
-        folded = with_kept_rows(work, folded, rows, previous)
+    folded = kept | work.fold(cells)
+    folded = {row.name: folded[row.name] for row in rows}
     for name, milliseconds in work.time_rows(rows).items():
         folded[name]["milliseconds"] = milliseconds
     return {"base hash": work.base_hash, "measured by": work.metrics.describe(), "rows": folded}
 
 
-def with_kept_rows(work: Cells, folded: dict, rows: list[Row], previous: dict) -> dict:
-    """All rows of a table: those of --rows as measured now, the others as the file has them.
+def kept_rows(work: Cells, rows: list[Row], previous: dict) -> dict:
+    """The rows that --rows leaves out, as the file has them; each says what it was made with.
 
-    A row that is kept says what it was made with. Raises BadInput where the file lacks one, or has
-    it of another base or guide.
+    Raises BadInput where the file lacks one, or has it of another base or guide; and where one to
+    measure would lose a g that the file has.
     """
     before, made = previous["bases"].get(work.base.name, {}), previous["protocol"]
-    made = made and {"torch": made["versions"]["torch"], "commit": made["commit"],
-                     "hardware": made["hardware"]}
-    result = {}
+    stored, config, result = before.get("rows", {}), work.config, {}
     for row in rows:
-        kept = before.get("rows", {}).get(row.name)
-        if row.name in folded:
-            result[row.name] = folded[row.name]
+        found = stored.get(row.name)
+        if row.name in config.rows:
+            check_kept(f"--rows {row.name}: the file", "g", found["cells"] if found else (),
+                       [f"{g:g}" for g in row.g_values(config.g)])
             continue
-        require((not kept or before["base hash"] != work.base_hash or kept["guide"] != row.source,
+        require((not found or before["base hash"] != work.base_hash or found["guide"] != row.source,
                  f"--rows leaves out {row.name}, and the file has no such row of this base and "
                  "guide: measure all rows, or name it too"))
-        result[row.name] = {"kept from": made} | kept
+        result[row.name] = {"kept from": {
+            "torch": made["versions"]["torch"], "commit": made["commit"],
+            "hardware": made["hardware"]}} | found
     return result
 
 
@@ -288,7 +288,7 @@ def read_result(file: Path) -> dict:
         raise BadInput(f"{file} is no result of this command: move it away") from error
 
 
-def check_kept(file: Path, what: str, before: Iterable[str], now: Iterable[str]) -> None:
+def check_kept(file: Path | str, what: str, before: Iterable[str], now: Iterable[str]) -> None:
     """Raises BadInput where a result file holds something that this run would drop."""
     lost = [name for name in before if name not in {*now}]
     require((lost, f"{file} holds other {what} too ({', '.join(lost)}): pass --out for a file of "

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +13,7 @@ from clip_text import TextConfig, TextEncoder, Tokenizer
 from support.capture import captured
 from support.checkpoint import load_text_encoder, load_unet, load_vae
 from support.configs import PASS_SD15, CheckpointError
-from support.files import expand, files_in, sha256
+from support.files import expand, files_in, hub_cache, sha256
 from support.lora import lora_files, merge_lora, parse_lora
 from support.machine import use_few_threads
 from unet import UNet, UNetConfig
@@ -170,8 +169,7 @@ def find_weights(given: str | Path | None = None) -> Path:
         return MINI
     if given:
         return expand(given)
-    home = os.environ.get("HF_HOME") or "~/.cache/huggingface"
-    hub = expand(os.environ.get("HF_HUB_CACHE") or f"{home}/hub")
+    hub = hub_cache()
     snapshots = [s for name in HUB_NAMES for s in sorted((hub / name / "snapshots").glob("*"))]
     for folder in (Path("weights"), *snapshots):
         in_weights = folder.name == "weights"

@@ -42,6 +42,12 @@ def files_in(folder: str | Path, pattern: str) -> list[Path]:
     return sorted(Path(folder).glob(pattern))
 
 
+def hub_cache() -> Path:
+    """The folder that the Hugging Face hub downloads to."""
+    home = os.environ.get("HF_HOME") or "~/.cache/huggingface"
+    return expand(os.environ.get("HF_HUB_CACHE") or f"{home}/hub")
+
+
 @contextmanager
 def atomic_write(path: str | Path) -> Iterator[Path]:
     """A temporary name beside `path`, renamed to it at the end: a reader never sees half a file."""

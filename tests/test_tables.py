@@ -230,12 +230,14 @@ def test_no_run_drops_what_a_result_holds(two_rows, capsys):
         assert Path("runs/eval/table2.json").read_bytes() == before
 
 
-def test_rows_are_measured_alone_and_the_others_kept(two_rows, capsys):
+def test_rows_are_measured_alone_and_the_others_kept(two_rows, capsys, monkeypatch):
     """The others keep their cells, also at another g, and say what they were made with."""
     command("table2 --g 2 8", *FEW)
     file = Path("runs/eval/table2.json")
     before, made = table()["bases"]["mini"]["rows"], json.loads(file.read_text())["protocol"]
     shutil.rmtree("runs/eval/mini")
+    lost = refusal(capsys, "table2", "--g", "8", "--rows", "tiny", *FEW)
+    assert "--rows tiny: the file holds other g too (2)" in lost
     command("table2 --g 8 --rows none-2", *FEW)
     rows = table()["bases"]["mini"]["rows"]
     assert rows["none-2"] == before["none-2"]
@@ -249,6 +251,7 @@ def test_rows_are_measured_alone_and_the_others_kept(two_rows, capsys):
     assert "--rows cfg-3: there is no such row" in refusal(
         capsys, "table2", "--rows", "cfg-3", *FEW)
     file.unlink()
+    monkeypatch.setattr(tables.Cells, "run", lambda *_: pytest.fail("sampled before the refusal"))
     assert "--rows leaves out tiny" in refusal(capsys, "table2", "--rows", "none-2", *FEW)
 
 
