@@ -24,6 +24,7 @@ from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from unet import Encoder, UNet, UNetConfig, injection_channels
 
@@ -132,10 +133,11 @@ def cfg(eps_c: Tensor, eps_empty: Tensor, g: float | Tensor) -> Tensor:
 
 # ------------------------------------------------------------------------------- the guides
 #
-# A guide is called as guide(g, emb, c, z, t) and returns residuals, one for each of the UNet's
-# injection points. What it reads of this:
-#     tiny    g, the base's time embedding, c
-#     full    g, t (which it embeds itself), c, z_t
+# A guide is called as guide(g, emb, c, z, t, features) and returns residuals, one for each of the
+# UNet's injection points. What it reads of this:
+#     tiny            g, the base's time embedding, c
+#     tiny, seeing    the same, and the features of the frozen encoder
+#     full            g, t (which it embeds itself), c, z_t
 
 
 @dataclass(frozen=True)
@@ -144,11 +146,11 @@ class GuideConfig:
 
     kind      "tiny" (Fig. 4b) or "full" (Fig. 4a)
     width     C of the tiny guide; 0 is 2 · model_channels: 640 for SD 1.5, which gives Eq. 5 the
-              paper's 8.27 M parameters
+              paper's 8.27 M parameters; or model_channels for the seeing form, which then has 7.63 M
     queries   the tiny guide's queries, which turn L tokens into one vector; the paper leaves open
               how. Each makes its own share of the C channels
     form      "sum" is Eq. 5; in "gated" the text scales what g and the timestep say, so that all
-              three interact
+              three interact; in "seeing" so do the encoder's features
     hint      channels of the full guide's first hint convolutions; 0 is model_channels / 20:
               ControlNet's 16 for SD 1.5
     """
@@ -158,6 +160,9 @@ class GuideConfig:
     queries: int = 16
     form: str = "sum"
     hint: int = 0
+
+
+FORMS = ("sum", "gated", "seeing")
 
 
 class TinyGuide(nn.Module):
@@ -170,11 +175,11 @@ class TinyGuide(nn.Module):
     def __init__(self, base: UNetConfig, config: GuideConfig = GuideConfig()):
         super().__init__()
         self.config, self.guide_config = base, config
-        width = config.width or 2 * base.model_channels
+        width = config.width or base.model_channels * (1 if config.form == "seeing" else 2)
         if width % config.queries:
             raise ValueError(f"queries is {config.queries}: it must divide the width, {width}")
-        if config.form not in ("sum", "gated"):
-            raise ValueError(f"form is {config.form!r}: use sum or gated")
+        if config.form not in FORMS:
+            raise ValueError(f"form is {config.form!r}: use {', '.join(FORMS)}")
         self.theta_z1 = nn.Linear(4 * base.model_channels, width, bias=False)
         self.theta_z2 = nn.Linear(base.context_dim, width, bias=False)
         self.theta_z3 = nn.ModuleList(
@@ -197,21 +202,57 @@ class TinyGuide(nn.Module):
         shares = self.theta_z2.weight.view(len(self.query), -1, c.shape[-1])  # (Q, C/Q, D)
         return torch.einsum("bqd,qkd->bqk", pooled, shares).flatten(1)        # (B, C)
 
-    def forward(self, g: Tensor, emb: Tensor, c: Tensor, z: Tensor | None = None,
-                t: Tensor | None = None) -> list[Tensor]:
-        """Guidance g (B,), the base's time embedding (B, E), prompt c (B, L, D) to residuals.
-
-        They are vectors, (B, C_i, 1, 1): the same at every position. Embeddings (N, 1, E) of a
-        whole run give (N, B, C_i, 1, 1). z and t are not read.
-        """
+    def mix(self, g: Tensor, emb: Tensor, c: Tensor) -> Tensor:
+        """What Θ_z3 is given, (B, C), of guidance g (B,), the base's time embedding (B, E) and
+        prompt c (B, L, D). Embeddings (N, 1, E) of a whole run give (N, B, C)."""
         time = self.theta_z1(emb)                                             # (…, B, C)
         text = self.read_text(c)                                              # (B, C)
         gamma = (g / G_SCALE)[:, None].to(time)                               # (B, 1)
-        if self.guide_config.form == "gated":
-            h = (gamma + time) * (1 + text)
-        else:
-            h = gamma + (time + text)                                         # Eq. 5
+        if self.guide_config.form == "sum":
+            return gamma + (time + text)                                      # Eq. 5
+        return (gamma + time) * (1 + text)
+
+    def forward(self, g: Tensor, emb: Tensor, c: Tensor, *_: Tensor) -> list[Tensor]:
+        """g (B,), emb (B, E) and c (B, L, D) to residuals; nothing else is read.
+
+        They are vectors, (B, C_i, 1, 1): the same at every position. Embeddings (N, 1, E) of a
+        whole run give (N, B, C_i, 1, 1).
+        """
+        h = self.mix(g, emb, c)
         return [theta(h)[..., None, None] for theta in self.theta_z3]
+
+
+class SeeingGuide(TinyGuide):
+    """Not in the paper: a tiny guide that also reads the features that it adds to.
+
+    v = (γ + Z(c_timestep)) ⊙ (1 + Z(c_text)), the gated form's vector, is the same at every
+    position, whatever the image shows. Here the frozen encoder's feature s_i, which the UNet has
+    computed anyway, decides where it acts: y_i = Z(v ⊙ (1 + Z(norm(s_i); Θ_look,i)); Θ_z3,i).
+    """
+
+    def __init__(self, base: UNetConfig, config: GuideConfig = GuideConfig(form="seeing")):
+        super().__init__(base, config)
+        self.look = nn.ModuleList(nn.Linear(channels, self.theta_z1.out_features, bias=False)
+                                  for channels in injection_channels(base))
+
+    def add_sight(self, v: Tensor, features: list[Tensor]) -> list[Tensor]:
+        """v (B, C), `mix`'s, and features (B, C_i, H, W) to residuals of their shapes."""
+        v, residuals = v[..., None, None], []
+        for s, look, theta in zip(features, self.look, self.theta_z3, strict=True):
+            seen = _everywhere(look, F.group_norm(s, self.config.norm_groups))  # (B, C, H, W)
+            residuals.append(_everywhere(theta, v * (1 + seen)))              # (B, C_i, H, W)
+        return residuals
+
+    def forward(self, g: Tensor, emb: Tensor, c: Tensor, z: Tensor, t: Tensor,
+                features: list[Tensor]) -> list[Tensor]:
+        """g (B,), emb (B, E), c (B, L, D) and `UNet.encode`'s features to residuals of their
+        shapes. z and t are not read."""
+        return self.add_sight(self.mix(g, emb, c), features)
+
+
+def _everywhere(layer: nn.Linear, x: Tensor) -> Tensor:
+    """A linear layer without bias at every position of a map: a 1×1 convolution."""
+    return F.conv2d(x, layer.weight[..., None, None])
 
 
 class FullGuide(Encoder):
@@ -255,9 +296,10 @@ class FullGuide(Encoder):
         zero_convs = [*self.zero_convs, self.middle_block_out]
         return [conv(f) for conv, f in zip(zero_convs, features)]
 
-    def forward(self, g: Tensor, emb: Tensor, c: Tensor, z: Tensor, t: Tensor) -> list[Tensor]:
+    def forward(self, g: Tensor, emb: Tensor, c: Tensor, z: Tensor, t: Tensor,
+                *_: object) -> list[Tensor]:
         """Guidance g (B,), prompt c (B, L, D), latents z (B, Z, H, W), timesteps t (B,) to
-        residuals of the skips' shapes. emb, the base's time embedding, is not read."""
+        residuals of the features' shapes. The base's own embedding and features are not read."""
         return self.control(z, self.embed_time(t), c, self.encode_hint(g, z))
 
 
@@ -282,10 +324,11 @@ def _hint_encoder(width: int, channels: int) -> nn.Sequential:
 
 def build_guide(base: UNetConfig, config: GuideConfig) -> nn.Module:
     """A fresh guide of the kind configured, for a base of this shape."""
-    kinds = {"tiny": TinyGuide, "full": FullGuide}
-    if config.kind not in kinds:
+    if config.kind not in ("tiny", "full"):
         raise ValueError(f"guide kind {config.kind!r} is unknown: use tiny or full")
-    return kinds[config.kind](base, config)
+    if config.kind == "full":
+        return FullGuide(base, config)
+    return (SeeingGuide if config.form == "seeing" else TinyGuide)(base, config)
 
 
 # ------------------------------------------------------------------------------- the losses
@@ -324,13 +367,13 @@ def cfg_distillation(unet: UNet, guide: nn.Module, z: Tensor, t: Tensor, c: Tens
         emb = unet.embed_time(t)
         # The teacher's two passes, with c and with ∅, are one batch of 2 B.
         emb_twice, both = torch.cat([emb, emb]), torch.cat([c, empty])
-        skips, h = unet.encode(torch.cat([z, z]), emb_twice, both)
-        eps_c, eps_empty = unet.decode(skips, h, emb_twice, both).float().chunk(2)
+        features = unet.encode(torch.cat([z, z]), emb_twice, both)
+        eps_c, eps_empty = unet.decode(features, emb_twice, both).float().chunk(2)
         e_teacher = cfg(eps_c, eps_empty, g)                                  # Eq. 3
         # The guide touches only the decoder, so the student's encoder pass is that batch's first
         # half, and nothing before the decoder needs a gradient.
-        skips, h = [skip[:len(z)] for skip in skips], h[:len(z)]
-    e = unet.decode(skips, h, emb, c, guide(g, emb, c, z, t))                 # Eq. 4
+        features = [feature[:len(z)] for feature in features]
+    e = unet.decode(features, emb, c, guide(g, emb, c, z, t, features))       # Eq. 4
     return _compare(e, e_teacher, eps_c, weight(t) if weight else 1.0)
 
 
@@ -363,14 +406,15 @@ def halving(unet: UNet, guide: nn.Module, teacher: nn.Module, z: Tensor, t: Tens
     """
     with torch.no_grad():
         emb, emb_mid = unet.embed_time(t), unet.embed_time(t_mid)
-        skips, h = unet.encode(z, emb, c)       # at t teacher and student share this pass
-        eps_c = unet.decode(skips, h, emb, c).float()
-        eps = unet.decode(skips, h, emb, c, teacher(g, emb, c, z, t)).float()
+        features = unet.encode(z, emb, c)       # at t teacher and student share this pass
+        eps_c = unet.decode(features, emb, c).float()
+        eps = unet.decode(features, emb, c, teacher(g, emb, c, z, t, features)).float()
         z_mid = ddim_step(z, eps, t, t_mid)
-        residuals = teacher(g, emb_mid, c, z_mid, t_mid)
-        eps_mid = unet.decode(*unet.encode(z_mid, emb_mid, c), emb_mid, c, residuals).float()
+        features_mid = unet.encode(z_mid, emb_mid, c)
+        residuals = teacher(g, emb_mid, c, z_mid, t_mid, features_mid)
+        eps_mid = unet.decode(features_mid, emb_mid, c, residuals).float()
         target = halving_target(z, ddim_step(z_mid, eps_mid, t_mid, t_end), t, t_end)
-    e = unet.decode(skips, h, emb, c, guide(g, emb, c, z, t))
+    e = unet.decode(features, emb, c, guide(g, emb, c, z, t, features))
     return _compare(e, target, eps_c, weight(t) if weight else 1.0)
 
 
@@ -393,8 +437,10 @@ def sample(unet: UNet, z: Tensor, c: Tensor, g: float, steps: int, guide: nn.Mod
         progress()
         t = torch.full((len(z),), t, device=z.device)
         if guide is not None:
-            residuals = guide(guidance, unet.embed_time(t), c, z, t)
-            return unet(z, t, c, residuals).float()                           # Eq. 4
+            emb = unet.embed_time(t)
+            features = unet.encode(z, emb, c)
+            residuals = guide(guidance, emb, c, z, t, features)
+            return unet.decode(features, emb, c, residuals).float()           # Eq. 4
         eps_c = unet(z, t, c).float()
         return eps_c if empty is None else cfg(eps_c, unet(z, t, empty).float(), g)   # Eq. 3
 

@@ -66,8 +66,8 @@ class Config:
     steps: int = option(8, "sampling steps", low=1, high=ppdd.TIMESTEPS, group="base and guide")
     g: float = option(8.0, "guidance number of Eq. 3: 0 is no guidance, 8 is strong; the guidance "
                            "scale elsewhere is 1 + g", low=-1000, high=1000)
-    guide: str = option("tiny", "tiny or full: the guide distilled for about so many steps; cfg: "
-                                "two passes a step; none; or the path of a guide")
+    guide: str = option("tiny", "tiny, seeing or full: the guide distilled for about so many "
+                                "steps; cfg: two passes a step; none; or the path of a guide")
     guides: str = option("", "folder to search for guides before guides/ and mini/guides/")
     sampler: str = option("ddim", "ddim or plms", choices=tuple(ppdd.SAMPLERS))
     weights: str = option("", "Stable Diffusion 1.5: a file or a folder; default: ./weights and "
@@ -76,7 +76,7 @@ class Config:
     lora: tuple[str, ...] = option((), "LoRA files to merge into the base: FILE or FILE:scale")
 
     out: str = option("out", "folder of the images; nothing in it is overwritten", group="output")
-    compare: bool = option(False, "one sheet of no guidance, CFG, full guide and tiny guide")
+    compare: bool = option(False, "one sheet of no guidance, CFG and the guides")
     export: str = option("", "folder to write the full guide to, as a ControlNet for other tools; "
                              "samples nothing")
     about: str = option("", "a guide file: prints its metadata; samples nothing")
@@ -89,7 +89,8 @@ class Config:
                                   "needs a C++ compiler")
 
 
-METHODS = {"none": "no guidance", "cfg": "CFG", "full": "full guide", "tiny": "tiny guide"}
+METHODS = {"none": "no guidance", "cfg": "CFG", "full": "full guide", "tiny": "tiny guide",
+           "seeing": "seeing guide"}
 KEPT = "the images of finished batches are kept"
 MAX_ON_SHEET = 64               # images on a contact sheet
 MAX_ROWS = 32                   # rows of a comparison
@@ -257,7 +258,7 @@ def check(config: Config) -> None:
     if config.guides:
         check_readable(expand(config.guides))
     require(
-        (path and path.suffix != ".safetensors", f"--guide {config.guide}: tiny, full, cfg, none "
+        (path and path.suffix != ".safetensors", f"--guide {config.guide}: {', '.join(METHODS)} "
          "or the path of a .safetensors guide"),
         (config.negative and (config.guide != "cfg" or config.compare), "--negative is for "
          "--guide cfg: a guide learns its negative prompt in training, from train.py --uncond"),
@@ -331,7 +332,8 @@ def find_method(config: Config, base: Base, guide: str) -> Method:
 
 def training_command(config: Config, base: Base, kind: str) -> str:
     """The command that trains a guide for the base in use."""
-    flags = {"--guide": kind, "--weights": config.weights, "--vae": config.vae,
+    flags = {"--guide": "tiny" if kind in ppdd.FORMS else kind,
+             "--form": kind if kind in ppdd.FORMS else "", "--weights": config.weights, "--vae": config.vae,
              "--data": "" if base.is_miniature else "FOLDER"}
     given = [word for flag, value in flags.items() if value for word in (flag, value)]
     return shlex.join(["python", "train.py", *given])
@@ -363,8 +365,8 @@ def compare(config: Config, base: Base, shots: list[Shot], out: Path) -> None:
     require((len(shots) > MAX_ROWS,
              f"--compare has room for {MAX_ROWS} rows, and these are {len(shots)}"))
     if config.guide in METHODS and config.guide != Config.guide:
-        warn(f"--guide {config.guide} is ignored: --compare shows all four, and adds a guide that "
-             "is given by its path")
+        warn(f"--guide {config.guide} is ignored: --compare shows every kind, and adds a guide "
+             "that is given by its path")
     methods = {}
     for guide in dict.fromkeys((*METHODS, config.guide)):
         try:

@@ -103,7 +103,8 @@ class Config:
 
     guide: str = option("tiny", "which guide to train", group="guide", choices=("tiny", "full"))
     form: str = option("sum", "of the tiny guide: Eq. 5's sum; gated: the text scales what g and "
-                              "the time say", choices=("sum", "gated"))
+                              "the time say; seeing: so do the image's features",
+                       choices=ppdd.FORMS)
     g_range: tuple[float, float] = option((2.0, 9.0), "g is uniform in LOW HIGH; 8 8 fixes it",
                                           metavar=("LOW", "HIGH"), low=0, below=100)
     uncond: str = option("", "a negative prompt to bake into the guide in place of ∅")
@@ -205,6 +206,11 @@ def check(config: Config) -> None:
          "--uncond holds bytes that are not text"))
 
 
+def guide_name(config: Config) -> str:
+    """Stem of a guide's files: its kind, and its form where that is not the paper's."""
+    return config.guide + (f"-{config.form}" if config.form != "sum" else "")
+
+
 def resolve_defaults(config: Config, base: Base) -> Config:
     """The configuration with every 0, "", -1 and ~ replaced by what it stands for."""
     device = "cuda" if base.device.type == "cuda" else "cpu"
@@ -212,7 +218,7 @@ def resolve_defaults(config: Config, base: Base) -> Config:
     limit = config.max_updates or math.inf
     batch = config.batch or suits.batch
     low, high = config.g_range
-    name = config.guide + (f"-g{low:g}" if low == high else "")
+    name = guide_name(config) + (f"-g{low:g}" if low == high else "")
     paths = {k: getattr(config, k) for k in ("init", "cache")}
     paths["run"] = config.run or f"runs/{base.name}/{name}"
     # A trial's guides are used only where they are named, so they don't go where guides are found.
@@ -567,7 +573,7 @@ class Trainer:
         except KeyboardInterrupt:
             return
         grid = torch.cat(rows, dim=1).permute(1, 2, 0)                        # (2 · 8H, 4 · 8W, 3)
-        name = f"{self.config.guide}{stage.suffix}-{update:06d}.png"
+        name = f"{guide_name(self.config)}{stage.suffix}-{update:06d}.png"
         with atomic_write(self.folder.path / name) as temporary:
             Image.fromarray(grid.numpy()).save(temporary, format="png")
 
@@ -596,7 +602,7 @@ class Trainer:
 
     def guide_path(self, stage: Stage) -> Path:
         low, high = self.config.g_range
-        name = self.config.guide + stage.suffix + (f"-g{low:g}" if low == high else "")
+        name = guide_name(self.config) + stage.suffix + (f"-g{low:g}" if low == high else "")
         out = self.config.out
         folder = Path(out) / self.base.name if out else self.folder.path
         return folder / f"{name}.safetensors"

@@ -257,30 +257,29 @@ class UNet(Encoder):
             nn.SiLU(),
             _zero(nn.Conv2d(config.model_channels, config.out_channels, 3, padding=1)))
 
-    def encode(self, z: Tensor, emb: Tensor, c: Tensor) -> tuple[list[Tensor], Tensor]:
-        """Latent z (B, 4, H, W), time embedding (B, E), prompt c (B, L, D) to skips and middle.
+    def encode(self, z: Tensor, emb: Tensor, c: Tensor) -> list[Tensor]:
+        """Latent z (B, 4, H, W), time embedding (B, E), prompt c (B, L, D) to features.
 
-        The skips are the outputs of the input blocks, in order; `injection_channels` has their
-        channels. H and W must be multiples of 2 ** (levels − 1): 8 in Stable Diffusion.
+        These are the outputs of the input blocks, in order, which the decoder takes as skips, and
+        last that of the middle block; `injection_channels` has their channels. H and W must be
+        multiples of 2 ** (levels − 1): 8 in Stable Diffusion.
         """
-        h, skips = z.to(self.dtype), []
+        h, features = z.to(self.dtype), []
         for block in self.input_blocks:
             h = block(h, emb, c)
-            skips.append(h)
-        return skips, self.middle_block(h, emb, c)
+            features.append(h)
+        return [*features, self.middle_block(h, emb, c)]
 
-    def decode(self, skips: list[Tensor], h: Tensor, emb: Tensor, c: Tensor,
+    def decode(self, features: list[Tensor], emb: Tensor, c: Tensor,
                residuals: list[Tensor] | None = None) -> Tensor:
         """What `encode` returned, and a guide's residuals (Eq. 4), to predicted noise (B, 4, H, W).
 
-        There is one residual a skip and, last, one for the middle, each of the shape it is added
-        to or (B, C, 1, 1). Raises ValueError where their number is another. The list of skips is
-        not changed, so it may be decoded again.
+        There is one residual a feature, of its shape or (B, C, 1, 1). Raises ValueError where their
+        number is another. The list of features is not changed, so it may be decoded again.
         """
         if residuals is not None:
-            features = [*skips, h]
-            *skips, h = [x + r.to(x.dtype) for x, r in zip(features, residuals, strict=True)]
-        skips = list(skips)
+            features = [x + r.to(x.dtype) for x, r in zip(features, residuals, strict=True)]
+        *skips, h = features
         for block in self.output_blocks:
             h = torch.cat([h, skips.pop()], dim=1)
             h = block(h, emb, c)
@@ -290,8 +289,7 @@ class UNet(Encoder):
                 residuals: list[Tensor] | None = None) -> Tensor:
         """Predicted noise (B, 4, H, W) in latent z at timesteps t (B,) under prompt c (B, L, D)."""
         emb = self.embed_time(t)
-        skips, h = self.encode(z, emb, c)
-        return self.decode(skips, h, emb, c, residuals)
+        return self.decode(self.encode(z, emb, c), emb, c, residuals)
 
 
 def injection_channels(config: UNetConfig) -> list[int]:

@@ -91,8 +91,7 @@ def count_macs(call: Callable[[], object]) -> Macs:
 def pass_costs(nets: Networks) -> dict[str, Macs]:
     """One pass of each network for one image; of the tiny guide in two ways of running it."""
     z, t, g, c, emb = _inputs(nets)
-    skips, middle = nets.unet.encode(z, emb, c)
-    positions = [x[0, 0].numel() for x in (*skips, middle)]
+    positions = [x[0, 0].numel() for x in nets.unet.encode(z, emb, c)]
     calls = {
         "base UNet": lambda: nets.unet(z, t, c),
         "teacher": lambda: [nets.unet(z, t, c) for _ in range(2)],

@@ -106,16 +106,16 @@ def compare_with_teacher(base: Base, rows: list[Row], gs: tuple[float, ...], z: 
     unet = base.unet
     z = z.to(c)
     emb = unet.embed_time(t)
-    skips, h = unet.encode(z, emb, c)
-    eps_c = unet.decode(skips, h, emb, c).float()
-    eps_empty = unet.decode(*unet.encode(z, emb, empty), emb, empty).float()
+    features = unet.encode(z, emb, c)
+    eps_c = unet.decode(features, emb, c).float()
+    eps_empty = unet.decode(unet.encode(z, emb, empty), emb, empty).float()
     sums = torch.zeros(len(rows), len(gs), 2)
     for j, g in enumerate(gs):
         e_teacher = ppdd.cfg(eps_c, eps_empty, g)
         guidance = torch.full((len(z),), g, device=z.device)
         for r, row in enumerate(rows):
-            residuals = row.guide(guidance, emb, c, z, t)
-            e = unet.decode(skips, h, emb, c, residuals).float()
+            residuals = row.guide(guidance, emb, c, z, t, features)
+            e = unet.decode(features, emb, c, residuals).float()
             errors = torch.stack([e - e_teacher, eps_c - e_teacher])
             sums[r, j] = errors.square().mean((2, 3, 4)).sum(1).cpu()
     return sums, e_teacher

@@ -206,9 +206,9 @@ def naive_loss(unet: UNet, guide: Callable, z: Tensor, t: Tensor, c: Tensor, emp
     with torch.no_grad():
         both = torch.cat([c, empty])
         emb = unet.embed_time(torch.cat([t, t]))
-        eps = unet.decode(*unet.encode(torch.cat([z, z]), emb, both), emb, both).float()
+        eps = unet.decode(unet.encode(torch.cat([z, z]), emb, both), emb, both).float()
         e_teacher = ppdd.cfg(*eps.chunk(2), g)
         emb = unet.embed_time(t)
-    residuals = guide(g, emb, c, z, t)
-    e = unet.decode(*unet.encode(z, emb, c), emb, c, residuals).float()
+    features = unet.encode(z, emb, c)
+    e = unet.decode(features, emb, c, guide(g, emb, c, z, t, features)).float()
     return (e - e_teacher).square().mean()

@@ -14,7 +14,7 @@ from collections.abc import Callable, Container
 import torch
 from torch import Tensor, nn
 
-from ppdd import SAMPLERS, TinyGuide, cfg, step_grid
+from ppdd import SAMPLERS, SeeingGuide, TinyGuide, cfg, step_grid
 from support.capture import captured
 from support.cli import BadInput
 from unet import Attention, Encoder, ResBlock, TransformerBlock, UNet
@@ -66,14 +66,16 @@ def predict_step(unet: UNet, z: Tensor, shifts: Tensor, prompt: Tensor, g: Tenso
     prompt and noise of the same shape.
     """
     emb, c = by_layer(unet, shifts, prompt)
+    features = unet.encode(torch.cat([z, z]) if twice else z, emb, c)
     residuals = None
-    if isinstance(guide, TinyGuide):
+    if isinstance(guide, SeeingGuide):
+        residuals = guide.add_sight(known[0], features)
+    elif isinstance(guide, TinyGuide):
         residuals = [r[..., None, None] for r in known[0].split(guide_widths(guide), dim=-1)]
     elif guide is not None:
         own_shifts, own_prompt, hint = known
         residuals = guide.control(z, *by_layer(guide, own_shifts, own_prompt), hint)
-    z = torch.cat([z, z]) if twice else z
-    eps = unet.decode(*unet.encode(z, emb, c), emb, c, residuals).float()
+    eps = unet.decode(features, emb, c, residuals).float()
     return cfg(*eps.chunk(2), g) if twice else eps
 
 
@@ -133,11 +135,14 @@ def cross_attentions(net: Encoder) -> list[Attention]:
 
 def precompute_guide(guide: nn.Module, g: Tensor, embs: Tensor, times: Tensor, c: Tensor,
                      z: Tensor) -> list[tuple[Tensor, ...]]:
-    """What is known of a guide at each of N steps: all residuals of a tiny one, (B, ΣC_i); of a
-    full one its own shifts, keys and values, and its encoded hint.
+    """What is known of a guide at each of N steps: all residuals of a tiny one, (B, ΣC_i), or the
+    vector (B, C) of a seeing one; of a full one its own shifts, keys and values, and its encoded
+    hint.
 
     g (1,) or (B,), embs (N, E) of the base, times (N,), c (B, L, D), z shaped as the latents.
     """
+    if isinstance(guide, SeeingGuide):
+        return [(v,) for v in guide.mix(g, embs[:, None], c)]
     if isinstance(guide, TinyGuide):
         residuals = [r[..., 0, 0] for r in guide(g, embs[:, None], c)]        # (N, B, C_i)
         return [(step,) for step in torch.cat(residuals, dim=-1)]

@@ -13,7 +13,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from ppdd import TIMESTEPS, FullGuide, GuideConfig, TinyGuide, build_guide
+from ppdd import TIMESTEPS, FullGuide, GuideConfig, SeeingGuide, TinyGuide, build_guide
 from support.base import MINI, Base, to_channels_last
 from support.checkpoint import (
     CheckpointError,
@@ -126,7 +126,8 @@ def fits(path: Path, base: UNetConfig) -> bool:
 
 
 def find_guide(base: Base, kind: str, steps: int, folder: str = "") -> Path | None:
-    """The most suitable guide of a kind, tiny or full, that fits the base; None where none does.
+    """The most suitable guide of a kind, tiny or full, or of a form, that fits the base; None where
+    none does.
 
     `folder` comes before guides/BASE, and that before guides of other bases and the bundled ones.
     Then come the base's own, those distilled for about so many steps, and those of the paper's
@@ -139,7 +140,8 @@ def find_guide(base: Base, kind: str, steps: int, folder: str = "") -> Path | No
         except CheckpointError:
             continue                                    # another file that lies there
         low, high = file.about.get("g_range") or (0, 1)
-        if file.config.kind == kind and low < high and not (file.trial and pool):
+        wanted = kind in (file.config.kind, file.config.form)
+        if wanted and low < high and not (file.trial and pool):
             distance = abs(math.log(steps / file.steps))
             ranked.append((pool, file.about.get("base") != base.name, distance,
                            file.config.form != "sum", path))
@@ -210,17 +212,43 @@ def _updates_in_words(about: dict) -> str:
 # ------------------------------------------------------------------------------- other tools
 
 
-def diffusers_residuals(guide: TinyGuide, unet: nn.Module, g: float, t: Tensor, c: Tensor) -> dict:
+def diffusers_residuals(guide: TinyGuide, unet: nn.Module, g: float, t: Tensor, c: Tensor,
+                        z: Tensor | None = None) -> dict:
     """What a tiny guide adds, as the keyword arguments of diffusers' UNet2DConditionModel.
 
     unet is that model; t a timestep or (B,); c the prompt's states (B, L, D): unet(z, t,
-    encoder_hidden_states=c, **diffusers_residuals(guide, unet, g, t, c)).
+    encoder_hidden_states=c, **diffusers_residuals(guide, unet, g, t, c)). A seeing guide reads the
+    features of the latents z (B, Z, H, W) too, from a pass of unet of their own.
     """
     t = t.to(c.device).expand(len(c))
     guidance = torch.full((len(c),), float(g), device=c.device)
     emb = unet.time_embedding(unet.time_proj(t).to(c.dtype))
-    *down, middle = guide(guidance, emb, c)
+    features = []
+    if isinstance(guide, SeeingGuide):
+        features = diffusers_features(unet, z, t, c)
+    *down, middle = guide(guidance, emb, c, z, t, features)
     return {"down_block_additional_residuals": down, "mid_block_additional_residual": middle}
+
+
+def diffusers_features(unet: nn.Module, z: Tensor, t: Tensor, c: Tensor) -> list[Tensor]:
+    """`UNet.encode`'s features, of diffusers' UNet2DConditionModel: hooks catch what conv_in, the
+    blocks on the way down and the middle block return. The middle one ends the pass."""
+    caught: list[Tensor] = []
+
+    def catch(module: nn.Module, _: tuple, result: Tensor | tuple) -> None:
+        caught.extend([result] if isinstance(result, Tensor) else result[1])
+        if module is unet.mid_block:
+            raise StopIteration
+
+    modules = [unet.conv_in, *unet.down_blocks, unet.mid_block]
+    hooks = [module.register_forward_hook(catch) for module in modules]
+    try:
+        unet(z.to(c.dtype), t, encoder_hidden_states=c)
+    except StopIteration:
+        return caught
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def save_controlnet(folder: Path, guide: FullGuide, name: str) -> Path:

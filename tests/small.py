@@ -16,9 +16,11 @@ from unet import UNet, UNetConfig
 
 SMALL = UNetConfig(model_channels=16, channel_mult=(1, 2), num_res_blocks=1, attention=(True, True),
                    num_heads=4, context_dim=24, norm_groups=8)
-TINY = [GuideConfig(form=form) for form in ("sum", "gated")]
+BLIND = [GuideConfig(form=form) for form in ("sum", "gated")]      # to z_t and its features
+SEEING = GuideConfig(form="seeing")
+TINY = [*BLIND, SEEING]
 FULL = GuideConfig("full", hint=8)      # as narrow as the default, 1, random weights lose g
-BOTH = [GuideConfig("tiny"), FULL]
+KINDS = [GuideConfig("tiny"), SEEING, FULL]
 ALL = [*TINY, FULL]
 
 
@@ -26,7 +28,7 @@ def name_of(config: GuideConfig) -> str:
     return f"{config.kind}-{config.form}" if config.kind == "tiny" else config.kind
 
 
-each_kind = pytest.mark.parametrize("config", BOTH, ids=lambda config: config.kind)
+each_kind = pytest.mark.parametrize("config", KINDS, ids=name_of)
 each_guide = pytest.mark.parametrize("config", ALL, ids=name_of)
 
 
@@ -54,8 +56,9 @@ def fresh(unet: UNet, config: GuideConfig) -> nn.Module:
 
 
 def residuals(unet, guide, z, t, c, g) -> list[Tensor]:
-    """What a guide of either kind adds."""
-    return guide(g, unet.embed_time(t), c, z, t)
+    """What a guide of any kind adds."""
+    emb = unet.embed_time(t)
+    return guide(g, emb, c, z, t, unet.encode(z, emb, c))
 
 
 def guided(unet, guide, z, t, c, g) -> Tensor:
@@ -64,8 +67,8 @@ def guided(unet, guide, z, t, c, g) -> Tensor:
 
 
 def ways(batch) -> list[dict]:
-    """What makes the four ways to sample: unguided, CFG, the tiny guide, the full guide."""
-    return [{}, {"empty": batch[3]}, *({"guide": trained(config)} for config in BOTH)]
+    """What makes the five ways to sample: unguided, CFG, and with a guide of each kind."""
+    return [{}, {"empty": batch[3]}, *({"guide": trained(config)} for config in KINDS)]
 
 
 def spy(monkeypatch, cls, *methods) -> dict[str, list]:

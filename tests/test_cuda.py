@@ -26,7 +26,7 @@ from support.muon import Muon
 from unet import UNet
 
 cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-WAYS = ("none", "cfg", "tiny", "full")
+WAYS = ("none", "cfg", "tiny", "seeing", "full")
 
 
 def fake_recording(call, warm_up=True):

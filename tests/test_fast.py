@@ -11,7 +11,7 @@ import pytest
 import torch
 from conftest import disagreement, noise
 from small import (  # noqa: F401 (fixtures)
-    BOTH,
+    KINDS,
     FULL,
     TINY,
     OneDevice,
@@ -38,8 +38,8 @@ from support.base import MINI, load_base
 from support.guides import BUNDLED, load_guide
 from unet import UNet
 
-WAYS = ["none", "cfg", "tiny", "full"]
-each_way = pytest.mark.parametrize("way", range(4), ids=WAYS)
+WAYS = ["none", "cfg", "tiny", "seeing", "full"]
+each_way = pytest.mark.parametrize("way", range(5), ids=WAYS)
 
 # ------------------------------------------------------------------------------- the plain loop
 
@@ -93,7 +93,7 @@ def test_sampling_without_guidance(unet, batch):
     plain = fast.sample(unet, z, c, 5.0, 4)
     assert disagreement(fast.sample(unet, z, c, 0.0, 4, empty=empty), plain) < 1e-4
     assert disagreement(fast.sample(unet, z, c, 5.0, 4, empty=empty), plain) > 1e-2
-    for config in BOTH:
+    for config in KINDS:
         assert torch.equal(fast.sample(unet, z, c, 5.0, 4, fresh(unet, config)), plain)
 
 
@@ -119,6 +119,8 @@ def test_what_no_step_changes_is_computed_once(unet, batch, monkeypatch, way):
     names = {m: name for net in (unet, options.get("guide", unet))
              for name, m in net.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)
              and name != "theta_z2"}                                # read_text, counted below
+    if WAYS[way] == "seeing":                   # its other layers are convolutions, at each step
+        names = {m: name for m, name in names.items() if not re.match("theta_z3|look", name)}
     for steps in (1, 4):
         ran = Counter()
         hook = register_module_forward_hook(lambda m, *_, ran=ran: ran.update([m]))
@@ -126,7 +128,7 @@ def test_what_no_step_changes_is_computed_once(unet, batch, monkeypatch, way):
         hook.remove()
         assert {ran[m] for m, name in names.items() if once.search(name)} == {1}
         assert {ran[m] for m, name in names.items() if not once.search(name)} == {steps}
-    assert len(texts["read_text"]) == (2 if WAYS[way] == "tiny" else 0)
+    assert len(texts["read_text"]) == (2 if WAYS[way] in ("tiny", "seeing") else 0)
 
 
 @torch.no_grad()
@@ -137,8 +139,8 @@ def test_time_and_prompt_of_a_run_are_those_of_every_step(unet, batch):
     shifts, projected = fast.precompute(unet, unet.embed_time(times), c)
     for shift, out in zip(shifts, expected, strict=True):
         emb, prompt = fast.by_layer(unet, shift, projected)
-        skips, h = unet.encode(z, emb, prompt)
-        assert disagreement(unet.decode(skips, h, emb, prompt), out) < 1e-5
+        features = unet.encode(z, emb, prompt)
+        assert disagreement(unet.decode(features, emb, prompt), out) < 1e-5
 
 
 @torch.no_grad()
@@ -150,7 +152,10 @@ def test_what_a_guide_adds_in_a_run_is_what_it_adds_in_its_steps(unet, batch, co
     for i, t in enumerate(times):
         z = noise(*z.shape, seed=10 + i)
         expected = residuals(unet, guide, z, t.expand(3), c, g)
-        if config.kind == "tiny":
+        if config.form == "seeing":
+            features = unet.encode(z, unet.embed_time(t.expand(3)), c)
+            ours = guide.add_sight(*known[i], features)
+        elif config.kind == "tiny":
             ours = known[i][0].split(fast.guide_widths(guide), dim=-1)
         else:
             shifts, prompt, hint = known[i]
@@ -217,7 +222,7 @@ def test_a_copy_and_its_original_do_not_share_what_was_computed(batch, unet):
 @pytest.mark.parametrize("sampler", ["ddim", "plms"])
 def test_sampling_in_half_precision(unet, batch, sampler):
     z, c, empty, half = batch[0][:1], batch[2][:1], batch[3][:1], copy.deepcopy(unet).bfloat16()
-    for options in ({}, {"empty": empty}, *({"guide": trained(config)} for config in BOTH)):
+    for options in ({}, {"empty": empty}, *({"guide": trained(config)} for config in KINDS)):
         exact = fast.sample(unet, z, c, 5.0, 2, sampler=sampler, **options)
         options = {k: copy.deepcopy(v).bfloat16() for k, v in options.items()}
         rough = fast.sample(half, z, c.bfloat16(), 5.0, 2, sampler=sampler, **options)

@@ -97,8 +97,8 @@ def test_forward_is_encode_then_decode(mini):
     z, t, c = inputs(MINI)
     with torch.inference_mode():
         emb = mini.embed_time(t)
-        skips, h = mini.encode(z, emb, c)
-        first, second = mini.decode(skips, h, emb, c), mini.decode(skips, h, emb, c)
+        features = mini.encode(z, emb, c)
+        first, second = mini.decode(features, emb, c), mini.decode(features, emb, c)
         assert torch.equal(first, mini(z, t, c)) and torch.equal(first, second)
     assert emb.shape == (2, 4 * MINI.model_channels)
 
@@ -107,8 +107,8 @@ def test_injection_channels(mini):
     wide = [320] * 4 + [640] * 3 + [1280] * 6
     assert injection_channels(FULL) == wide
     z, t, c = inputs(MINI)
-    skips, h = mini.encode(z, mini.embed_time(t), c)
-    assert injection_channels(MINI) == [x.shape[1] for x in [*skips, h]]
+    features = mini.encode(z, mini.embed_time(t), c)
+    assert injection_channels(MINI) == [x.shape[1] for x in features]
 
 
 def test_residuals_of_zero_change_nothing(mini):
@@ -123,13 +123,13 @@ def test_residuals_broadcast_and_every_one_counts(mini):
     vectors = [noise(2, ch, 1, 1) for ch in injection_channels(MINI)]
     with torch.inference_mode():
         emb = mini.embed_time(t)
-        skips, h = mini.encode(z, emb, c)
-        broadcast = mini.decode(skips, h, emb, c, vectors)
-        maps = [r.expand_as(x).clone() for r, x in zip(vectors, [*skips, h], strict=True)]
-        assert torch.equal(mini.decode(skips, h, emb, c, maps), broadcast)
+        features = mini.encode(z, emb, c)
+        broadcast = mini.decode(features, emb, c, vectors)
+        maps = [r.expand_as(x).clone() for r, x in zip(vectors, features, strict=True)]
+        assert torch.equal(mini.decode(features, emb, c, maps), broadcast)
         for i in range(len(vectors)):
             others = [torch.zeros_like(r) if i == j else r for j, r in enumerate(vectors)]
-            assert not torch.equal(mini.decode(skips, h, emb, c, others), broadcast)
+            assert not torch.equal(mini.decode(features, emb, c, others), broadcast)
 
 
 def test_another_number_of_residuals_is_refused(mini):
@@ -143,9 +143,9 @@ def test_the_gradient_reaches_the_residuals_through_a_frozen_decoder(mini):
     z, t, c = inputs(MINI)
     with torch.no_grad():
         emb = mini.embed_time(t)
-        skips, h = mini.encode(z, emb, c)
+        features = mini.encode(z, emb, c)
     zeros = [torch.zeros(2, ch, 1, 1, requires_grad=True) for ch in injection_channels(MINI)]
-    mini.decode(skips, h, emb, c, zeros).square().mean().backward()
+    mini.decode(features, emb, c, zeros).square().mean().backward()
     assert all(r.grad.abs().max() > 0 for r in zeros)
     assert all(p.grad is None for p in mini.parameters())
 
