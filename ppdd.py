@@ -237,10 +237,11 @@ class SeeingGuide(TinyGuide):
 
     def add_sight(self, v: Tensor, features: list[Tensor]) -> list[Tensor]:
         """v (B, C), `mix`'s, and features (B, C_i, H, W) to residuals of their shapes."""
-        v, residuals = v[..., None, None], []
+        v, residuals = v[:, None, None], []                                   # (B, 1, 1, C)
         for s, look, theta in zip(features, self.look, self.theta_z3, strict=True):
-            seen = _everywhere(look, F.group_norm(s, self.config.norm_groups))  # (B, C, H, W)
-            residuals.append(_everywhere(theta, v * (1 + seen)))              # (B, C_i, H, W)
+            norm = F.group_norm(s, self.config.norm_groups).movedim(1, -1)    # (B, H, W, C_i)
+            h = v * (1 + look(norm))                                          # (B, H, W, C)
+            residuals.append(theta(h).movedim(-1, 1))                         # (B, C_i, H, W)
         return residuals
 
     def forward(self, g: Tensor, emb: Tensor, c: Tensor, z: Tensor, t: Tensor,
@@ -248,11 +249,6 @@ class SeeingGuide(TinyGuide):
         """g (B,), emb (B, E), c (B, L, D) and `UNet.encode`'s features to residuals of their
         shapes. z and t are not read."""
         return self.add_sight(self.mix(g, emb, c), features)
-
-
-def _everywhere(layer: nn.Linear, x: Tensor) -> Tensor:
-    """A linear layer without bias at every position of a map: a 1×1 convolution."""
-    return F.conv2d(x, layer.weight[..., None, None])
 
 
 class FullGuide(Encoder):

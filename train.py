@@ -73,6 +73,7 @@ from support.training_state import (
     RunFolder,
     duration,
     load_optimizer,
+    lr_schedule,
     optimizer_tensors,
     refuse_other_run,
     set_aside,
@@ -264,15 +265,6 @@ def stages(config: Config) -> list[Stage]:
         steps //= 2
         result.append(Stage(steps, config.halving_updates, config.halving_lr))
     return result
-
-
-def lr_schedule(update: int, total: int, warmup: int = 50) -> float:
-    """Share of the learning rate: a short warmup, then a cosine down to a twentieth.
-
-    Without the warmup Adam's first steps, whose second moments are of one batch, are too long.
-    """
-    cosine = 0.5 * (1 + math.cos(math.pi * update / max(total, 1)))
-    return min(1.0, (update + 1) / warmup) * (0.05 + 0.95 * cosine)
 
 
 # ------------------------------------------------------------------------------- a run

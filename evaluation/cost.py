@@ -38,6 +38,7 @@ class Networks(NamedTuple):
     text: TextEncoder
     full: ppdd.FullGuide
     tiny: ppdd.TinyGuide
+    seeing: ppdd.SeeingGuide
     side: int
 
 
@@ -49,8 +50,7 @@ def build_networks(size: str) -> Networks:
         unet, vae, text, side = base.unet.config, base.vae.config, base.text.config, 8
     with torch.device("meta"):
         return Networks(UNet(unet), VAE(vae), TextEncoder(text),
-                        ppdd.FullGuide(unet),
-                        ppdd.TinyGuide(unet), side)
+                        ppdd.FullGuide(unet), ppdd.TinyGuide(unet), ppdd.SeeingGuide(unet), side)
 
 
 # ------------------------------------------------------------------------------- counting
@@ -91,22 +91,25 @@ def count_macs(call: Callable[[], object]) -> Macs:
 def pass_costs(nets: Networks) -> dict[str, Macs]:
     """One pass of each network for one image; of the tiny guide in two ways of running it."""
     z, t, g, c, emb = _inputs(nets)
-    positions = [x[0, 0].numel() for x in nets.unet.encode(z, emb, c)]
+    features = nets.unet.encode(z, emb, c)
+    positions = [x[0, 0].numel() for x in features]
     calls = {
         "base UNet": lambda: nets.unet(z, t, c),
         "teacher": lambda: [nets.unet(z, t, c) for _ in range(2)],
         "full guide": lambda: nets.full(g, emb, c, z, t),
         "tiny guide, on maps": lambda: _tiny_on_maps(nets.tiny, emb, c, positions),
         "tiny guide, as computed": lambda: nets.tiny(g, emb, c),
+        "seeing guide": lambda: nets.seeing(g, emb, c, z, t, features),
         "hint encoder": lambda: nets.full.encode_hint(g, z),
         "VAE decoder": lambda: nets.vae.decode(z),
         "text encoder": lambda: nets.text(_token_ids(nets)),
     }
     costs = {name: count_macs(call) for name, call in calls.items()}
-    # The tiny guide multiplies by the weight of Θ_z2 without calling the layer.
-    tiny = costs["tiny guide, as computed"]
-    layers = tiny.layers + nets.tiny.theta_z2.weight.numel()
-    return costs | {"tiny guide, as computed": tiny._replace(layers=layers)}
+    # Tiny guides multiply by the weight of Θ_z2 without calling the layer.
+    for name, guide in (("tiny guide, as computed", nets.tiny), ("seeing guide", nets.seeing)):
+        layers = costs[name].layers + guide.theta_z2.weight.numel()
+        costs[name] = costs[name]._replace(layers=layers)
+    return costs
 
 
 def _tiny_on_maps(tiny: ppdd.TinyGuide, emb: Tensor, c: Tensor, positions: list[int]) -> None:
@@ -124,11 +127,11 @@ def _tiny_on_maps(tiny: ppdd.TinyGuide, emb: Tensor, c: Tensor, positions: list[
 def image_cost(nets: Networks, method: str) -> dict[int, int]:
     """MACs of one image at 8, 16 and 50 steps, from prompt to pixels, as sampled here.
 
-    method is cfg, full or tiny. What is computed once a run (the full guide's hint, the empty
+    method is cfg, full, tiny or seeing. What is computed once a run (the full guide's hint, the empty
     prompt, decoding) is counted once. The cost is affine in the steps: one and two tell the rest.
     """
     z, *_ = _inputs(nets)
-    guide = {"full": nets.full, "tiny": nets.tiny}.get(method)
+    guide = None if method == "cfg" else getattr(nets, method)
 
     def generate(steps: int) -> None:
         c = nets.text(_token_ids(nets))
@@ -165,7 +168,7 @@ def table1(config) -> None:
         "notes": _notes(nets, costs),
         "GMACs per image": {method: {str(steps): macs / 1e9 for steps, macs in
                                      image_cost(nets, method).items()}
-                            for method in ("cfg", "full", "tiny")},
+                            for method in ("cfg", "full", "tiny", "seeing")},
         "GMACs once per image": {name: costs[name].total / 1e9 for name in
                                  ("VAE decoder", "text encoder", "hint encoder")},
     }
@@ -176,7 +179,8 @@ def table1(config) -> None:
 def _rows(nets: Networks, costs: dict[str, Macs], with_paper: bool) -> list[dict]:
     """One row a network: parameters, GMACs, and their differences from the paper's in percent."""
     modules = {"base UNet": nets.unet, "teacher": nets.unet, "full guide": nets.full,
-               "tiny guide, on maps": nets.tiny, "tiny guide, as computed": nets.tiny}
+               "tiny guide, on maps": nets.tiny, "tiny guide, as computed": nets.tiny,
+               "seeing guide": nets.seeing}
     rows = []
     for name, module in modules.items():
         row = {"network": name, "parameters": sum(p.numel() for p in module.parameters()),
@@ -206,6 +210,7 @@ def _notes(nets: Networks, costs: dict[str, Macs]) -> dict[str, str]:
         "tiny guide, as computed":
             "Eq. 5 says the same at every position, so vectors are enough; adding them to the "
             "features broadcasts. Pooling the text is in the column with attention.",
+        "seeing guide": "Not in the paper. It reads the encoder's features at every position.",
     }
 
 

@@ -172,11 +172,11 @@ def features(config) -> None:
     config, base, rows, prompts = _prepare(config)
     result = {"protocol": _protocol(config, base, prompts, sampling.STAGE_ONE), "guides": {}}
     for row in tqdm(rows, desc="features", unit="guide"):
-        measure = full_features if row.kind == "full" else tiny_features
+        measure = tiny_features if row.kind == "tiny" else full_features
         values = {f"{g:g}": measure(config, base, row, prompts, g) for g in config.g}
         result["guides"][row.name] = {"guide": row.source} | {
             name: {g: _parts(value[name]) for g, value in values.items()}
-            for name in ("norm", "on edges") if row.kind == "full" or name == "norm"}
+            for name in ("norm", "on edges") if row.kind != "tiny" or name == "norm"}
     write_result(result_file(config), result, features_page(result))
 
 
@@ -191,7 +191,7 @@ def tiny_features(config, base: Base, row: Row, prompts: Prompts, g: float) -> d
 
 
 def full_features(config, base: Base, row: Row, prompts: Prompts, g: float) -> dict[str, Tensor]:
-    """What a full guide adds while it samples: its norm (N,), and its share on edges (N,).
+    """What a guide that sees the image adds while it samples: its norm (N,), and its share on edges (N,).
 
     The squared norm is the mean over positions of a residual's square, summed over channels and
     injection points. The share is the mean square on the image's edges over that of all positions:
@@ -234,8 +234,8 @@ def features_page(result: dict) -> str:
     lines = ["# What the guides add to the decoder"]
     for name, about in (("norm", "Norm of all residuals at a position, root mean square"),
                         ("on edges", "Mean square on the edges of the final image, the fifth of "
-                                     "its cells with the strongest gradients, over that of all; a "
-                                     "tiny guide adds the same everywhere, which is 1")):
+                                     "its cells with the strongest gradients, over that of all; "
+                                     "Eq. 5's guide adds the same everywhere, which is 1")):
         parts = [(guide, g, values) for guide, entry in result["guides"].items()
                  for g, values in entry.get(name, {}).items()]
         if not parts:

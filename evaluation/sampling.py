@@ -26,7 +26,8 @@ from support.guides import describe_guide, guide_path, load_guide, read_guide
 from support.machine import resolve_dtype
 
 GUIDES = ("full", "full-16", "full-8", "tiny", "tiny-16", "tiny-8", "tiny-8-g8")   # the paper's
-OUR_GUIDES = ("tiny-gated", "tiny-gated-16", "tiny-gated-8")
+OUR_GUIDES = tuple(f"tiny-{form}{steps}" for form in ("gated", "seeing")
+                   for steps in ("", "-16", "-8"))
 STAGE_ONE = 50                  # steps of a guide that was never halved, and of the teacher
 ONE_G = ("table3", "fig5", "fig6", "fig8")        # commands that take one g
 
@@ -43,7 +44,7 @@ class Row(NamedTuple):
 
     name: str                           # in result files and folders: cfg-50, tiny-8
     title: str
-    kind: str                           # none, cfg, full or tiny
+    kind: str                           # none, cfg, full, tiny or seeing
     steps: int
     sampler: str = "ddim"
     guide: nn.Module | None = None
@@ -58,8 +59,7 @@ class Row(NamedTuple):
     def passes(self) -> tuple[int, int]:
         """Passes of the UNet and of the guide for one image; PLMS takes its first step twice.
 
-        The tiny guide never sees z_t: its residuals of all steps are computed at once, before the
-        first, which costs no pass.
+        A tiny guide has no encoder of its own, so it has no pass of its own either.
         """
         predictions = self.steps + (self.sampler == "plms" and self.steps > 1)
         guided = len(range(*self.guided)) if self.guided else predictions
@@ -147,7 +147,8 @@ def guide_row(config, base: Base, name: str) -> Row:
     if only_g is not None:
         title += f", trained at g = {low:g} only"
     stage_one = not about.get("steps") and only_g is None and not about.get("uncond")
-    return Row(path.stem, title, described.config.kind, steps, "ddim", guide, path, sha256(path),
+    config = described.config
+    return Row(path.stem, title, "seeing" if config.form == "seeing" else config.kind, steps, "ddim", guide, path, sha256(path),
                only_g, stage_one)
 
 

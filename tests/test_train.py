@@ -685,7 +685,7 @@ def test_each_stage_has_its_own_updates_and_rate_warms_up_and_falls_as_a_cosine(
     group, = trainer.optimizer.param_groups
     assert type(trainer.optimizer) is torch.optim.AdamW and group["weight_decay"] == 0
     for stage, update, lr in ((0, 0, 0.01 / 50), (0, 100, 0.00860876), (0, 200, 0.00525),
-                              (0, 400, 0.0005), (1, 0, 0.002 / 50), (1, 49, 0.002 * 0.86611),
+                              (0, 400, 0.0005), (1, 0, 0.002 / 40), (1, 49, 0.002 * 0.86611),
                               (1, 100, 0.00105)):
         trainer.stage, trainer.update = stage, update
         trainer.set_lr()
