@@ -1,7 +1,8 @@
 """How much of the CFG correction a guide explains, and what it adds, by g and by t.
 
 `eval.py match` measures ‖e − e_teacher‖² / ‖ε_c − e_teacher‖², as training reports it: 100 % is no
-guide at all, 0 % a perfect one. `eval.py features` measures what Section 5.4 of the paper says of
+guide at all, 0 % a perfect one. It also samples each row of Table 2, and says how far its latents
+end from those of CFG in 50 steps, as a share of the unguided ones' distance. `eval.py features` measures what Section 5.4 of the paper says of
 the maps of Fig. 7: how strong they are, and how much of them lies on the edges of the image.
 
 Shapes: B images, Z latent channels, G guidance numbers, N steps of the grid, P injection points.
@@ -31,37 +32,48 @@ SOURCES = ("noised real images", "CFG's own trajectories")
 
 
 def match(config) -> None:
-    """`match`: the share of the CFG correction that each stage-one guide leaves unexplained."""
-    config, base, rows, prompts = _prepare(config)
+    """`match`: the share of the CFG correction that each stage-one guide leaves unexplained, and
+    how far from CFG's latents every way of sampling ends."""
+    config, base, every, prompts = _prepare(config)
+    rows = stage_one(every, base)
+    others = [row for row in every if row.name not in ("none-50", "cfg-50")]
     steps = 10 if config.quick else sampling.STAGE_ONE
     grid = ppdd.step_grid(steps)
     sums = torch.zeros(len(rows), len(SOURCES), len(config.g), BINS, 2, dtype=torch.float64)
+    apart = torch.zeros(len(others), len(config.g), 2, dtype=torch.float64)
     with tqdm(total=config.count, unit="image", desc="match") as bar:
         for start in range(0, config.count, config.batch):
             part = slice(start, min(start + config.batch, config.count))
             sums += squared_errors(config, base, prompts, rows, part, grid)
+            apart += latents_apart(config, base, prompts, others, part, steps)
             bar.update(part.stop - start)
     result = {"protocol": _protocol(config, base, prompts, steps), "guides": {
         row.name: {"guide": row.source} | {
             source: _shares(config.g, sums[r, j]) for j, source in enumerate(SOURCES)
-            if prompts.own_captions or j} for r, row in enumerate(rows)}}
+            if prompts.own_captions or j} for r, row in enumerate(rows)},
+        "distance": {row.name: _distances(row, config.g, apart[r])
+                     for r, row in enumerate(others)}}
     write_result(result_file(config), result, match_page(result))
 
 
 def _prepare(config) -> tuple[object, Base, list[Row], Prompts]:
-    """Settings, the base, its stage-one guides and what it is asked for."""
+    """Settings, the base, the rows of Table 2 and what the base is asked for."""
     base = sampling.load(config, find_weights(config.weights))
     config = sampling.resolve_defaults(config)
-    rows = [row for row in sampling.make_rows(config, base) if row.guide and row.stage_one]
-    return (config, base, sampling.require_guides(rows, base, "stage-one guide"),
-            Prompts(config, base))
+    return config, base, sampling.make_rows(config, base), Prompts(config, base)
+
+
+def stage_one(rows: list[Row], base: Base) -> list[Row]:
+    """The rows with a guide that was not halved. Raises BadInput where there is none."""
+    rows = [row for row in rows if row.guide and row.stage_one]
+    return sampling.require_guides(rows, base, "stage-one guide")
 
 
 def _protocol(config, base: Base, prompts: Prompts, steps: int) -> dict:
     return {"base": base.name, "base hash": base.sha256, "images": config.count,
             "prompts": config.prompts or "fresh captions of postcards, as in Table 2",
             "dtype": str(resolve_dtype(config.dtype, config.device)),
-            "t": f"those of a run of {steps} steps",
+            "t": f"those of a run of {steps} steps", "steps": steps,
             "noise": f"seeds from {prompts.first_noise(config.seed)}", **provenance(config)}
 
 
@@ -121,6 +133,29 @@ def compare_with_teacher(base: Base, rows: list[Row], gs: tuple[float, ...], z: 
     return sums, e_teacher
 
 
+def latents_apart(config, base: Base, prompts: Prompts, rows: list[Row], part: slice,
+                  steps: int) -> Tensor:
+    """‖z − z_CFG‖² and ‖z_none − z_CFG‖² of some images, summed: (rows, G, 2). z are the latents
+    that a row ends with, z_CFG and z_none those of CFG and no guidance in so many steps, all from
+    the same noise. A row for one g is 0 at the others."""
+    texts, _ = prompts.of(config.seed)
+    seed, side = prompts.first_noise(config.seed) + part.start, sampling.image_side(config, base)
+    seeds = range(seed, seed + len(texts[part]))
+
+    def sample(row: Row, g: float) -> Tensor:
+        return sampling.sample_latents(base, row, texts[part], g, seeds, side)
+
+    none, cfg = (row._replace(steps=steps) for row in sampling.WITHOUT_GUIDE[:2])
+    unguided, sums = sample(none, 0.0), torch.zeros(len(rows), len(config.g), 2)
+    for j, g in enumerate(config.g):
+        expected = sample(cfg, g)
+        for r, row in enumerate(rows):
+            if g in row.g_values(config.g):
+                sums[r, j] = torch.stack([(z - expected).square().sum()
+                                          for z in (sample(row, g), unguided)]).cpu()
+    return sums
+
+
 def noised_postcards(base: Base, style: str, attributes: Tensor, grid: list[int], seed: int
                      ) -> list[Tensor]:
     """Real postcards of these attributes, noised to every t of the grid: z_t (B, Z, H, W) each."""
@@ -146,6 +181,13 @@ def _shares(gs: tuple[float, ...], sums: Tensor) -> dict:
             "by t": {f"{b * width}–{(b + 1) * width - 1}": share(sums[:, b]) for b in range(BINS)}}
 
 
+def _distances(row: Row, gs: tuple[float, ...], sums: Tensor) -> dict:
+    """Root mean square distances in percent of the unguided one, of sums (G, 2), by g."""
+    return {"title": row.title, "by g": {
+        f"{g:g}": round(100 * (part[0] / part[1]).sqrt().item(), 1)
+        for g, part in zip(gs, sums) if g in row.g_values(gs)}}
+
+
 def match_page(result: dict) -> str:
     """A table by g, one by t, and the protocol, in Markdown."""
     lines = ["# Teacher match: ‖e − e_teacher‖² / ‖ε_c − e_teacher‖² in percent", "",
@@ -158,6 +200,12 @@ def match_page(result: dict) -> str:
         lines += ["", *markdown_table(["guide", "on", "all", *columns],
                                       ([name, source, share["all"], *share[by].values()]
                                        for name, source, share in shares))]
+    gs = list(first["by g"])
+    lines += ["", "Distance of the final latents from those of CFG in "
+              f"{result['protocol']['steps']} steps, in percent of the unguided ones' distance:", "",
+              *markdown_table(["", *(f"g = {g}" for g in gs)],
+                              ([about["title"], *(about["by g"].get(g, "") for g in gs)]
+                               for about in result["distance"].values()))]
     guides = [f"- {name}: {guide['guide']}" for name, guide in result["guides"].items()]
     return "\n".join([*lines, "", *protocol_list(result["protocol"]), *guides]) + "\n"
 
@@ -170,6 +218,7 @@ PARTS = 5                       # of the t of a run
 def features(config) -> None:
     """`features`: the norm of what each stage-one guide adds, and its share on edges."""
     config, base, rows, prompts = _prepare(config)
+    rows = stage_one(rows, base)
     result = {"protocol": _protocol(config, base, prompts, sampling.STAGE_ONE), "guides": {}}
     for row in tqdm(rows, desc="features", unit="guide"):
         measure = tiny_features if row.kind == "tiny" else full_features

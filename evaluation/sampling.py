@@ -269,11 +269,16 @@ def generate(base: Base, row: Row, prompts: list[str], g: float, seeds: Iterable
 
     step is what to call at each step, by default `fast.sample`'s.
     """
+    return base.decode(sample_latents(base, row, prompts, g, seeds, side, step)).cpu()
+
+
+def sample_latents(base: Base, row: Row, prompts: list[str], g: float, seeds: Iterable[int],
+                   side: int, step: Callable[..., Tensor] | None = None) -> Tensor:
+    """The latents (B, Z, H, W) of those images."""
     c = base.embed(prompts)                                                        # (B, L, D)
     empty = base.embed([""]).expand_as(c) if row.kind == "cfg" else None
     shape = (base.unet.config.in_channels, side // 8, side // 8)
     z = ppdd.noise(seeds, shape).to(c.device)                                      # (B, Z, H, W)
-    z = fast.sample(base.unet, z, c, g, row.steps, row.guide, empty, row.sampler,
-                    step=step, grid=leading_grid(row.steps) if row.leading else None,
-                    guided=range(*row.guided) if row.guided else None)
-    return base.decode(z).cpu()
+    return fast.sample(base.unet, z, c, g, row.steps, row.guide, empty, row.sampler,
+                       step=step, grid=leading_grid(row.steps) if row.leading else None,
+                       guided=range(*row.guided) if row.guided else None)

@@ -64,6 +64,27 @@ def test_match_is_what_training_calls_unexplained(workspace, monkeypatch):
                                 empty=empty)).abs().max() < 1e-3
 
 
+def test_the_distance_is_of_the_final_latents_to_those_of_cfg(workspace):
+    base = load_base(MINI)
+    config = script.Config(command="match", count=2, device="cpu", g=(2.0, 8.0))
+    prompts = sampling.Prompts(config, base)
+    rows = [sampling.guide_row(config, base, name) for name in ("tiny", "tiny-8-g8")]
+    rows = [row._replace(steps=STEPS) for row in rows]
+    cfg = sampling.WITHOUT_GUIDE[1]._replace(steps=STEPS)
+    sums = match.latents_apart(config, base, prompts, [*rows, cfg], slice(0, 2), STEPS)
+    c, empty = base.embed(prompts.of(0)[0]), base.embed([""]).expand(2, -1, -1)
+    first = prompts.first_noise(0)
+    z = ppdd.noise([first, first + 1], (4, 8, 8))
+    expected, unguided, guided = (ppdd.sample(base.unet, z, c, 8.0, STEPS, **way) for way in
+                                  ({"empty": empty}, {}, {"guide": rows[0].guide}))
+    distances = [(other - expected).square().sum().item() for other in (guided, unguided)]
+    assert sums[0, 1].tolist() == pytest.approx(distances, rel=1e-3)
+    assert sums[1, 0].tolist() == [0, 0] and sums[1, 1, 0] > 0 and sums[2, :, 0].max() < 1e-6
+    shares = match._distances(rows[0], config.g, sums[0])["by g"]
+    assert shares["8"] == pytest.approx(100 * (distances[0] / distances[1]) ** 0.5, abs=0.1)
+    assert list(match._distances(rows[1], config.g, sums[1])["by g"]) == ["8"]
+
+
 def test_no_guidance_is_nothing_to_match(workspace, capsys):
     assert "nothing to match" in refusal(capsys, "match", "--g", "0")
     assert "nothing to match" in refusal(capsys, "match", "--g", "8", "1e-9")
