@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from mini import postcards, tune
+from mini import postcards, study, tune
 from mini.dataset import Postcards
 from mini.judge import Benchmark, load_judge
 from support.base import MINI, base_sha256, load_base
@@ -193,3 +193,38 @@ def test_trials_go_to_runs_and_the_project_s_own_rows_stay(tmp_path, monkeypatch
         json.dumps([*tune.read_rows(out), "mine"])))
     assert rows() == {"results/tuning.json": ["theirs"], "runs/tuning.json": ["theirs", "mine"]}
     assert rows("--update-results")["results/tuning.json"] == ["theirs", "mine"]
+
+
+# ------------------------------------------------------------------------------- mini/study.py
+
+def test_guides_trained_together_are_those_trained_alone(monkeypatch):
+    base = load_base(MINI)
+    data = Postcards(base, 8, seed=1)
+    rows = [study.TINY | {"batch": 4, "form": form} for form in study.FORMS]
+    rows += [rows[2] | {"variant": name} for name in study.VARIANTS] + [rows[0] | {"g": 8.0}]
+    together = study.train_together(base, data, rows, states=8)
+    alone = [study.train_together(base, data, [row], states=8)[0] for row in (rows[2], rows[-1])]
+    for one, other in zip(alone, (together[2], together[-1])):
+        assert all(torch.equal(one.state_dict()[k], v) for k, v in other.state_dict().items())
+    shares = study.unexplained(base, rows, together, count=4)
+    assert len(set(shares)) == len(rows)                        # no two of them are the same
+    fresh = [study.build(base.unet.config, row) for row in rows]
+    assert study.unexplained(base, rows, fresh, count=4) == [1] * len(rows)
+
+
+def test_a_row_of_a_study_is_made_once(tmp_path, monkeypatch):
+    made = []
+    monkeypatch.setattr(study, "ROOT", tmp_path)
+    monkeypatch.setattr(study, "Postcards", lambda *_, **__: None)
+    monkeypatch.setattr(study, "train_together", lambda base, data, rows, states: made.extend(rows)
+                        or [torch.nn.Identity() for _ in rows])
+    monkeypatch.setattr(study, "unexplained", lambda base, rows, guides: [0.5] * len(rows))
+    monkeypatch.setattr(sys, "argv", ["study.py", "looking", "--states", "256"])
+    study.main()
+    assert len(made) == 2 + len(study.VARIANTS)
+    out = tmp_path / "runs" / "study.json"
+    rows = json.loads(out.read_text())
+    assert [row["settings"] for row in rows] == made and not (tmp_path / "results").exists()
+    out.write_text(json.dumps(rows[1:]))
+    study.main()
+    assert made[len(rows):] == [rows[0]["settings"]]
