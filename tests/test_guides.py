@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import disagreement
+from conftest import disagreement, noise, randomised
 from diffusers import (
     AutoencoderKL,
     ControlNetModel,
@@ -21,7 +21,7 @@ from PIL import Image
 from references import with_our_weights
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from small import FULL, SMALL, each_guide, each_kind, trained
+from small import FULL, SEEING, SMALL, each_guide, each_kind, guided, trained
 from toys import DEEP, UNET, here, refusal, toys, write_guide  # noqa: F401 (fixtures)
 
 import ppdd
@@ -43,7 +43,7 @@ from support.guides import (
     save_controlnet,
     save_guide,
 )
-from unet import UNetConfig
+from unet import UNet, UNetConfig
 
 # ------------------------------------------------------------------------------- files
 
@@ -169,6 +169,8 @@ def test_the_folder_given_comes_before_the_base_s_own_and_that_before_others(her
         assert find_guide(base, "tiny", 8, "given") == Path(path)
         assert find_guide(base, "full", 8, "given") is None
     assert find_guide(base, "tiny", 8) == Path("guides/toy/sum.safetensors")
+    assert find_guide(base, "gated", 8) == Path("guides/toy/gated.safetensors")
+    assert find_guide(base, "seeing", 8) is None
 
 
 def test_guides_for_a_single_g_and_other_files_are_passed_over(here):
@@ -350,6 +352,21 @@ def test_a_tiny_guide_in_diffusers_own_loop(mini, name, steps):
             eps = unet(z, t, encoder_hidden_states=c, **extra).sample
             z = scheduler.step(eps, t, z).prev_sample
     assert disagreement(z, expected) < 1e-4
+
+
+@torch.no_grad()
+def test_a_seeing_guide_in_diffusers_unet():
+    """It reads the features of a half pass, caught by hooks that are gone afterwards."""
+    unet = randomised(lambda: UNet(SMALL))
+    theirs, guide = with_our_weights(unet), trained(SEEING)
+    z, c = noise(2, 4, 8, 8), noise(2, 77, 24, seed=2)
+    for t in torch.tensor([999, 20]):
+        extra = diffusers_residuals(guide, theirs, 6.0, t, c, z)
+        eps = theirs(z, t, encoder_hidden_states=c, **extra).sample
+        expected = guided(unet, guide, z, t.expand(2), c, torch.full((2,), 6.0))
+        assert disagreement(eps, expected) < 1e-4
+        assert disagreement(theirs(z, t, encoder_hidden_states=c).sample, expected) > 1e-2
+    assert not any(module._forward_hooks for module in theirs.modules())
 
 
 def test_a_guide_of_another_hint_width_is_exported_too(tmp_path):

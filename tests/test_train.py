@@ -425,11 +425,11 @@ def test_what_no_guide_can_begin_is_refused(toy_base, here, capsys):
 
 def test_a_guide_of_other_settings_is_refused(toy_base, here, capsys):
     run(toy_base, "--end-steps", "64", "--form", "gated", updates=2)
-    init = ("--init", GUIDES / "tiny.safetensors")
+    init = ("--init", GUIDES / "tiny-gated.safetensors")
     for more in (init, (*init, "--guide", "full")):
         assert "other settings" in refusal(capsys, flags(toy_base, *more))
     run(toy_base, *init, "--form", "gated", "--end-steps", "32", updates=1)
-    assert set(guides(here)) == {"tiny", "tiny-32"}
+    assert set(guides(here)) == {"tiny-gated", "tiny-gated-32"}
 
 
 def test_an_unfinished_run_is_not_overwritten_nor_resumed_with_other_settings(toy_base, here,
