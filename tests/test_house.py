@@ -21,7 +21,8 @@ NETWORKS = ("unet", "vae", "clip_text")
 SUPPORT = ("startup", "cli", "machine", "files", "distributed", "configs", "checkpoint", "lora",
            "group_norm", "capture", "base", "guides", "fast", "images", "captions", "data", "muon",
            "batches", "training_state")
-SCRIPTS = ("train", "sample", "eval", "mini.train", "mini.check", "mini.tune")
+SCRIPTS = ("train", "sample", "eval", "mini.train", "mini.check", "mini.study",
+           "mini.tune")
 LAYERS = {"unet": 0, "vae": 0, "clip_text": 0, "ppdd": 1, "meng": 2, "support": 3, "mini": 4,
           "evaluation": 5}
 SCRIPT_LAYER = 6
