@@ -146,7 +146,7 @@ class GuideConfig:
 
     kind      "tiny" (Fig. 4b) or "full" (Fig. 4a)
     width     C of the tiny guide; 0 is 2 · model_channels: 640 for SD 1.5, which gives Eq. 5 the
-              paper's 8.27 M parameters; or model_channels for the seeing form, which then has 7.63 M
+              paper's 8.27 M parameters; or model_channels in the seeing form: 7.63 M
     queries   the tiny guide's queries, which turn L tokens into one vector; the paper leaves open
               how. Each makes its own share of the C channels
     form      "sum" is Eq. 5; in "gated" the text scales what g and the timestep say, so that all

@@ -332,9 +332,9 @@ def find_method(config: Config, base: Base, guide: str) -> Method:
 
 def training_command(config: Config, base: Base, kind: str) -> str:
     """The command that trains a guide for the base in use."""
-    flags = {"--guide": "tiny" if kind in ppdd.FORMS else kind,
-             "--form": kind if kind in ppdd.FORMS else "", "--weights": config.weights, "--vae": config.vae,
-             "--data": "" if base.is_miniature else "FOLDER"}
+    form = kind if kind in ppdd.FORMS else ""
+    flags = {"--guide": "tiny" if form else kind, "--form": form, "--weights": config.weights,
+             "--vae": config.vae, "--data": "" if base.is_miniature else "FOLDER"}
     given = [word for flag, value in flags.items() if value for word in (flag, value)]
     return shlex.join(["python", "train.py", *given])
 

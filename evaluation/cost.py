@@ -127,8 +127,9 @@ def _tiny_on_maps(tiny: ppdd.TinyGuide, emb: Tensor, c: Tensor, positions: list[
 def image_cost(nets: Networks, method: str) -> dict[int, int]:
     """MACs of one image at 8, 16 and 50 steps, from prompt to pixels, as sampled here.
 
-    method is cfg, full, tiny or seeing. What is computed once a run (the full guide's hint, the empty
-    prompt, decoding) is counted once. The cost is affine in the steps: one and two tell the rest.
+    method is cfg, full, tiny or seeing. What is computed once a run (the full guide's hint, the
+    empty prompt, decoding) is counted once. The cost is affine in the steps: one and two tell the
+    rest.
     """
     z, *_ = _inputs(nets)
     guide = None if method == "cfg" else getattr(nets, method)

@@ -120,8 +120,9 @@ def fig7(config) -> None:
     config, base, prompts, side = prepare(config)
     rows = [row for row in sampling.make_rows(config, base)
             if row.guide and row.steps == sampling.STAGE_ONE]
+    rows = sampling.require_guides(rows, base)
     sheets = [tiny_guide_sheet(base, row, prompts) if row.kind == "tiny" else
-              full_guide_sheet(config, base, row, prompts[0], side) for row in sampling.require_guides(rows, base)]
+              full_guide_sheet(config, base, row, prompts[0], side) for row in rows]
     size = max(sheet.width for sheet in sheets), sum(sheet.height for sheet in sheets)
     figure = Image.new("RGB", size, "white")
     y = 0
@@ -133,9 +134,9 @@ def fig7(config) -> None:
 
 def residual_maps(base: Base, row: Row, prompts: list[str], g: float, seed: int, side: int,
                   reduce: Callable[[Tensor], Tensor]) -> tuple[list[list[Tensor]], Tensor]:
-    """What a full or a seeing guide adds, by step, then by injection point, and the images (B, 3, side, side).
+    """What a full or a seeing guide adds, by step, then by injection point, and the images.
 
-    reduce takes residuals (B, C, H, W) to maps (B, H, W).
+    These are (B, 3, side, side). reduce takes residuals (B, C, H, W) to maps (B, H, W).
     """
     maps: list[list[Tensor]] = []
     method = "control" if row.kind == "full" else "add_sight"
@@ -157,7 +158,8 @@ def residual_maps(base: Base, row: Row, prompts: list[str], g: float, seed: int,
 
 
 def full_guide_sheet(config, base: Base, row: Row, prompt: str, side: int) -> Image.Image:
-    """Maps of a full or a seeing guide's residuals: a line an injection point; columns are steps, by g."""
+    """Maps of what a full or a seeing guide adds: a line an injection point; columns are steps, by
+    g."""
     times = ppdd.step_grid(row.steps)
     shown = [round(k * (row.steps - 1) / 5) for k in range(6)]
     maps = {}

@@ -2,8 +2,9 @@
 
 `eval.py match` measures ‖e − e_teacher‖² / ‖ε_c − e_teacher‖², as training reports it: 100 % is no
 guide at all, 0 % a perfect one. It also samples each row of Table 2, and says how far its latents
-end from those of CFG in 50 steps, as a share of the unguided ones' distance. `eval.py features` measures what Section 5.4 of the paper says of
-the maps of Fig. 7: how strong they are, and how much of them lies on the edges of the image.
+end from those of CFG in 50 steps, as a share of the unguided ones' distance. `eval.py features`
+measures what Section 5.4 of the paper says of the maps of Fig. 7: how strong they are, and how much
+of them lies on the edges of the image.
 
 Shapes: B images, Z latent channels, G guidance numbers, N steps of the grid, P injection points.
 """
@@ -201,8 +202,9 @@ def match_page(result: dict) -> str:
                                       ([name, source, share["all"], *share[by].values()]
                                        for name, source, share in shares))]
     gs = list(first["by g"])
-    lines += ["", "Distance of the final latents from those of CFG in "
-              f"{result['protocol']['steps']} steps, in percent of the unguided ones' distance:", "",
+    steps = result["protocol"]["steps"]
+    lines += ["", f"Distance of the final latents from those of CFG in {steps} steps, in percent "
+              "of the unguided ones' distance:", "",
               *markdown_table(["", *(f"g = {g}" for g in gs)],
                               ([about["title"], *(about["by g"].get(g, "") for g in gs)]
                                for about in result["distance"].values()))]
@@ -240,7 +242,7 @@ def tiny_features(config, base: Base, row: Row, prompts: Prompts, g: float) -> d
 
 
 def full_features(config, base: Base, row: Row, prompts: Prompts, g: float) -> dict[str, Tensor]:
-    """What a guide that sees the image adds while it samples: its norm (N,), and its share on edges (N,).
+    """What a guide that sees the image adds in sampling: its norm (N,), its share on edges (N,).
 
     The squared norm is the mean over positions of a residual's square, summed over channels and
     injection points. The share is the mean square on the image's edges over that of all positions:

@@ -142,14 +142,13 @@ def guide_row(config, base: Base, name: str) -> Row:
     steps = about.get("steps") or STAGE_ONE
     low, high = about.get("g_range") or (0, 1)
     only_g = low if low == high else None
-    kind = path.stem.removesuffix(f"-g{low:g}").removesuffix(f"-{steps}")
-    title = f"{kind} guide, {steps} steps"
+    name = path.stem.removesuffix(f"-g{low:g}").removesuffix(f"-{steps}")
+    title = f"{name} guide, {steps} steps"
     if only_g is not None:
         title += f", trained at g = {low:g} only"
     stage_one = not about.get("steps") and only_g is None and not about.get("uncond")
-    config = described.config
-    return Row(path.stem, title, "seeing" if config.form == "seeing" else config.kind, steps, "ddim", guide, path, sha256(path),
-               only_g, stage_one)
+    kind = "seeing" if described.config.form == "seeing" else described.config.kind
+    return Row(path.stem, title, kind, steps, "ddim", guide, path, sha256(path), only_g, stage_one)
 
 
 def require_guides(rows: list[Row], base: Base, what: str = "guide") -> list[Row]:

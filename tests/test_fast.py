@@ -11,8 +11,8 @@ import pytest
 import torch
 from conftest import disagreement, noise
 from small import (  # noqa: F401 (fixtures)
-    KINDS,
     FULL,
+    KINDS,
     TINY,
     OneDevice,
     batch,
