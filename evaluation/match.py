@@ -48,7 +48,9 @@ def match(config) -> None:
             sums += squared_errors(config, base, prompts, rows, part, grid)
             apart += latents_apart(config, base, prompts, others, part, steps)
             bar.update(part.stop - start)
-    result = {"protocol": _protocol(config, base, prompts, steps), "guides": {
+    result = {"protocol": _protocol(config, base, prompts, steps), "correction": {
+        source: _corrections(sums[0, j]) for j, source in enumerate(SOURCES)
+        if prompts.own_captions or j}, "guides": {
         row.name: {"guide": row.source} | {
             source: _shares(config.g, sums[r, j]) for j, source in enumerate(SOURCES)
             if prompts.own_captions or j} for r, row in enumerate(rows)},
@@ -176,10 +178,21 @@ def _shares(gs: tuple[float, ...], sums: Tensor) -> dict:
     def share(part: Tensor) -> float:
         return round(100 * (part[..., 0].sum() / part[..., 1].sum()).item(), 2)
 
-    width = ppdd.TIMESTEPS // BINS
     return {"all": share(sums),
             "by g": {f"{g:g}": share(part) for g, part in zip(gs, sums)},
-            "by t": {f"{b * width}–{(b + 1) * width - 1}": share(sums[:, b]) for b in range(BINS)}}
+            "by t": {span: share(sums[:, b]) for b, span in enumerate(_spans())}}
+
+
+def _corrections(sums: Tensor) -> dict[str, float]:
+    """How much of ‖ε_c − e_teacher‖² of a whole run lies in each span of t, in percent."""
+    parts = sums[..., 1].sum(0)                                                    # (BINS,)
+    return {span: round(100 * (part / parts.sum()).item(), 2)
+            for span, part in zip(_spans(), parts)}
+
+
+def _spans() -> list[str]:
+    width = ppdd.TIMESTEPS // BINS
+    return [f"{b * width}–{(b + 1) * width - 1}" for b in range(BINS)]
 
 
 def _distances(row: Row, gs: tuple[float, ...], sums: Tensor) -> dict:
@@ -202,6 +215,10 @@ def match_page(result: dict) -> str:
                                       ([name, source, share["all"], *share[by].values()]
                                        for name, source, share in shares))]
     gs = list(first["by g"])
+    lines += ["", "Where the correction is: the share of ‖ε_c − e_teacher‖² in each span of t, in "
+              "percent:", "", *markdown_table(
+                  ["on", *(f"t = {span}" for span in first["by t"])],
+                  ([source, *parts.values()] for source, parts in result["correction"].items()))]
     steps = result["protocol"]["steps"]
     lines += ["", f"Distance of the final latents from those of CFG in {steps} steps, in percent "
               "of the unguided ones' distance:", "",
