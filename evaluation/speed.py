@@ -177,8 +177,9 @@ def random_base(config) -> tuple[Base, dict[str, nn.Module]]:
             if p.ndim == 1 and name.endswith("weight"):
                 p.data.add_(1)                                           # of norms
         nets[k] = to_channels_last(module.eval().requires_grad_(False))
-    unet, vae, text, full, tiny = nets
-    return Base(unet, vae, text, Tokenizer(), Path("random")), {"full": full, "tiny": tiny}
+    unet, vae, text, *guides = nets
+    return (Base(unet, vae, text, Tokenizer(), Path("random")),
+            dict(zip(("full", "tiny", "seeing"), guides)))
 
 
 def share_weights(modules: dict[str, nn.Module]) -> dict[str, nn.Module]:

@@ -36,8 +36,8 @@ def macs_per_image(nets: Networks, steps: tuple[int, ...]) -> dict[str, int]:
     costs = {name: macs.total for name, macs in pass_costs(nets).items()}
     unet, hint, text = (costs[name] for name in ("base UNet", "hint encoder", "text encoder"))
     step = {"CFG": 2 * unet, "full": unet + costs["full guide"] - hint,
-            "tiny": unet + costs["tiny guide, as computed"]}
-    once = {"CFG": text, "full": hint, "tiny": 0}        # beside one prompt and the VAE
+            "tiny": unet + costs["tiny guide, as computed"], "seeing": unet + costs["seeing guide"]}
+    once = {"CFG": text, "full": hint, "tiny": 0, "seeing": 0}   # beside one prompt and the VAE
     macs = {"UNet pass": unet, "VAE decode": costs["VAE decoder"], "text encoding": text}
     macs |= {f"{method} step": step[method] for method in METHODS}
     return macs | {f"{method} image, {n} steps":
@@ -73,13 +73,14 @@ def make_row(name: str, side: int, batch: int, timing: dict, macs: dict[str, int
 
 
 def ratios(rows: list[dict]) -> list[dict]:
-    """Guides beside CFG, ours beside the baseline, shared beside naive, recorded beside not:
-    medians over rounds."""
+    """Guides beside CFG, a seeing one beside a tiny one, ours beside the baseline, shared beside
+    naive, recorded beside not: medians over rounds."""
     by_name = {(row["what"], row["side"], row["batch"]): row for row in rows}
     found = []
     for (name, side, batch), row in by_name.items():
-        with_cfg = re.sub("^(full|tiny) ", "CFG ", name)
-        for other in dict.fromkeys((with_cfg, BASELINE + name, BASELINE + with_cfg,
+        with_cfg = re.sub("^(full|tiny|seeing) ", "CFG ", name)
+        with_tiny = re.sub("^seeing ", "tiny ", name)
+        for other in dict.fromkeys((with_cfg, with_tiny, BASELINE + name, BASELINE + with_cfg,
                                     f"{name}, naive", name.removesuffix(", captured"))):
             beside = by_name.get((other, side, batch))
             if beside and other != name:

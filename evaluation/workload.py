@@ -24,7 +24,7 @@ from unet import UNet
 
 G = 8.0
 PROMPT = "a lighthouse on a cliff at sunset, oil painting"
-METHODS = ("CFG", "full", "tiny")
+METHODS = ("CFG", "full", "tiny", "seeing")
 PASSES = ("UNet pass", "VAE decode", "text encoding")
 
 

@@ -25,7 +25,7 @@ from unet import UNet
 from vae import VAE
 
 QUICK = "speed --size mini --device cpu --quick".split()
-UPDATES = {f"{guide} {kind}" for guide in ("full", "tiny") for kind in
+UPDATES = {f"{guide} {kind}" for guide in ("full", "tiny", "seeing") for kind in
            ("stage-one update", "stage-one update, naive", "halving update")}
 
 
@@ -37,7 +37,8 @@ def settings(**given) -> script.SpeedConfig:
 def toy_networks(size: str) -> cost.Networks:
     with torch.device("meta"):
         return cost.Networks(UNet(TOY_UNET), VAE(TOY_VAE), TextEncoder(TOY_TEXT),
-                             ppdd.FullGuide(TOY_UNET), ppdd.TinyGuide(TOY_UNET), 8)
+                             ppdd.FullGuide(TOY_UNET), ppdd.TinyGuide(TOY_UNET),
+                             ppdd.SeeingGuide(TOY_UNET), 8)
 
 
 @pytest.fixture
@@ -105,8 +106,8 @@ def test_the_whole_command(empty, capsys):
     result, page = measured(capsys, "--baseline", "--steps", "2", "--rounds", "2")
     rows = {row["what"]: row for row in result["rows"]}
     parts = {"UNet pass", "VAE decode", "text encoding"}
-    images = {f"{method} image, 2 steps" for method in ("CFG", "full", "tiny")}
-    steps = {"CFG step", "full step", "tiny step"}
+    images = {f"{method} image, 2 steps" for method in workload.METHODS}
+    steps = {f"{method} step" for method in workload.METHODS}
     assert rows.keys() == parts | steps | images | UPDATES | {
         f"diffusers: {name}" for name in (*parts, "CFG image, 2 steps")}
     for name, row in rows.items():
@@ -143,8 +144,9 @@ def test_every_row_is_printed_and_saved_as_soon_as_it_is_measured(toy, empty, ca
     rows = json.loads(Path("speed.json").read_text())["rows"]
     assert exit.value.code == 130
     assert [row["what"] for row in rows] == [
-        "UNet pass", "VAE decode", "text encoding", "CFG step", "full step", "tiny step",
-        *(f"{method} image, 1 steps" for method in ("CFG", "full", "tiny"))]
+        "UNet pass", "VAE decode", "text encoding",
+        *(f"{method} step" for method in workload.METHODS),
+        *(f"{method} image, 1 steps" for method in workload.METHODS)]
     printed = capsys.readouterr().out
     assert all(f"{row['what']}  8 × 8  1  " in printed for row in rows)
 
@@ -159,7 +161,7 @@ def test_what_is_left_out_on_a_cpu_is_in_the_result(toy, empty, monkeypatch):
     speed.speed(script.SpeedConfig(device="cpu", side=(8, 16), steps=(1,), out="speed.json"))
     assert [names[0] for names in measured] == [
         "UNet pass", "VAE decode", "text encoding", "CFG step", "CFG image, 1 steps",
-        *(f"{guide} {stage} update" for guide in ("full", "tiny")
+        *(f"{guide} {stage} update" for guide in ("full", "tiny", "seeing")
           for stage in ("stage-one", "halving")),
         "UNet pass", "VAE decode", "text encoding", "CFG step"]
     (text,) = json.loads(Path("speed.json").read_text())["left out"]
@@ -182,7 +184,7 @@ def test_the_arithmetic_is_table_1_s(empty, capsys):
             rate = 2 * macs / (row["ms"] / 1000) / 1e12
             assert row["of the matrix rate"] == pytest.approx(
                 rate / result["matrix rate, TFLOP/s"], rel=0.02)
-    for method, name in (("cfg", "CFG"), ("full", "full"), ("tiny", "tiny")):
+    for method, name in (("cfg", "CFG"), *((name, name) for name in ("full", "tiny", "seeing"))):
         whole, macs = cost.image_cost(nets, method), speed_report.macs_per_image(nets, cost.STEPS)
         for n in cost.STEPS:
             assert 0.9 < whole[n] / macs[f"{name} image, {n} steps"] < 1.0001
@@ -282,15 +284,15 @@ def test_a_guide_learns_in_float32_and_computes_in_the_dtype_of_the_base(toy, mo
 def test_the_whole_command_on_a_gpu(gpu, short_turns, empty, capsys):
     """Every group runs, and what is worth most comes first."""
     result = run_on_gpu(batch=(1, 2, 3), steps=(2, 3))
-    assert result["left out"] == [] and gpu["recorded"] == 37 and gpu["empty_cache"] > 20
+    assert result["left out"] == [] and gpu["recorded"] == 43 and gpu["empty_cache"] > 20
     rows = {(row["what"], row["side"], row["batch"]): row for row in result["rows"]}
     passes = ("UNet pass", "VAE decode", "text encoding")
     both = [who + name for who in ("", "diffusers: ") for name in passes]
-    steps = [f"{method} step" for method in ("CFG", "full", "tiny")]
+    steps = [f"{method} step" for method in workload.METHODS]
     for batch in (1, 2, 3):
         names = {name for name, side, b in rows if (side, b) == (8, batch)}
         images = {f"{method} image, {n} steps" for n in ((2, 3) if batch == 1 else (2,))
-                  for method in ("CFG", "full", "tiny", "diffusers: CFG")}
+                  for method in (*workload.METHODS, "diffusers: CFG")}
         assert names == images | {*both, *(f"{name}, captured" for name in (*both, *steps)),
                                   *(steps if batch == 1 else ())}
     assert {name for name, _, batch in rows if batch == 8} == UPDATES
@@ -312,7 +314,7 @@ def test_the_whole_command_on_a_gpu(gpu, short_turns, empty, capsys):
 
 def test_when_time_is_up_the_rest_is_named(gpu, empty, capsys):
     result = run_on_gpu(minutes=1e-9)
-    groups = 3 * 5 + 1 + 2 * 2 + 2          # three batches, 50 steps once, updates, two sides
+    groups = 3 * 5 + 1 + 3 * 2 + 2          # three batches, 50 steps once, updates, two sides
     assert not result["rows"] and len(result["left out"]) == groups
     printed = capsys.readouterr().out
     for text in ("UNet pass at 8 × 8, batch 1: ", "images, 50 steps at 8 × 8, batch 1: ",
@@ -350,7 +352,7 @@ def test_a_step_that_is_not_recorded_is_not_called_captured(gpu, monkeypatch):
 
     monkeypatch.setattr(capture, "record_graph", fails)
     timings, failures = timing.benchmark(toy_work().steps(), "cpu", 1)
-    assert timings.keys() == {"CFG step", "full step", "tiny step"}
+    assert timings.keys() == {f"{method} step" for method in workload.METHODS}
     assert failures.keys() == {f"{name}, captured" for name in timings}
 
 
