@@ -73,8 +73,8 @@ def step_grid(steps: int) -> list[int]:
     return [round(TIMESTEPS * i / steps) - 1 for i in range(steps, -1, -1)]
 
 
-def add_noise(x: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-    """z_t = α_t x + σ_t ε, all (B, Z, H, W), t (B,)."""
+def add_noise(x: Tensor, noise: Tensor, t: int | Tensor) -> Tensor:
+    """z_t = α_t x + σ_t ε, all (B, Z, H, W), t (B,) or a number."""
     alpha, sigma = alpha_sigma(t)
     return alpha * x + sigma * noise
 
@@ -345,7 +345,8 @@ class Distilled:
         return self.error.sum() / self.correction.sum()
 
 
-def _compare(e: Tensor, e_teacher: Tensor, eps_c: Tensor, weight: Tensor | float) -> Distilled:
+def compare(e: Tensor, e_teacher: Tensor, eps_c: Tensor, weight: Tensor | float) -> Distilled:
+    """The student's ε̂ with its teacher's and with that of the base alone, all (B, Z, H, W)."""
     # Squares are taken in float32: in half precision small errors would vanish.
     error = (e.float() - e_teacher).square().mean((1, 2, 3))                  # (B,)
     correction = (eps_c - e_teacher).square().mean((1, 2, 3))                 # (B,)
@@ -370,7 +371,7 @@ def cfg_distillation(unet: UNet, guide: nn.Module, z: Tensor, t: Tensor, c: Tens
         # half, and nothing before the decoder needs a gradient.
         features = [feature[:len(z)] for feature in features]
     e = unet.decode(features, emb, c, guide(g, emb, c, z, t, features))       # Eq. 4
-    return _compare(e, e_teacher, eps_c, weight(t) if weight else 1.0)
+    return compare(e, e_teacher, eps_c, weight(t) if weight else 1.0)
 
 
 def halving_target(z: Tensor, z_end: Tensor, t: Tensor, t_end: Tensor) -> Tensor:
@@ -411,7 +412,7 @@ def halving(unet: UNet, guide: nn.Module, teacher: nn.Module, z: Tensor, t: Tens
         eps_mid = unet.decode(features_mid, emb_mid, c, residuals).float()
         target = halving_target(z, ddim_step(z_mid, eps_mid, t_mid, t_end), t, t_end)
     e = unet.decode(features, emb, c, guide(g, emb, c, z, t, features))
-    return _compare(e, target, eps_c, weight(t) if weight else 1.0)
+    return compare(e, target, eps_c, weight(t) if weight else 1.0)
 
 
 # ------------------------------------------------------------------------------- sampling
@@ -419,12 +420,13 @@ def halving(unet: UNet, guide: nn.Module, teacher: nn.Module, z: Tensor, t: Tens
 
 @torch.no_grad()
 def sample(unet: UNet, z: Tensor, c: Tensor, g: float, steps: int, guide: nn.Module | None = None,
-           empty: Tensor | None = None, sampler: str = "ddim",
+           empty: Tensor | None = None, sampler: str | Callable = "ddim",
            progress: Callable[[], object] = lambda: None) -> Tensor:
     """Latents (B, Z, H, W) from standard normal noise z, float32, under prompts c (B, L, D).
 
     With a guide one pass a step (Eq. 4); with `empty` (B, L, D) CFG, two passes a step (Eq. 3);
-    with neither no guidance. progress() is called once a prediction. support/fast.py has the same
+    with neither no guidance. sampler is one of SAMPLERS or any function of (predict, z, grid).
+    progress() is called once a prediction. support/fast.py has the same
     with everything that no step changes computed beforehand; this one is to be read.
     """
     guidance = torch.full((len(z),), g, device=z.device)
@@ -440,7 +442,7 @@ def sample(unet: UNet, z: Tensor, c: Tensor, g: float, steps: int, guide: nn.Mod
         eps_c = unet(z, t, c).float()
         return eps_c if empty is None else cfg(eps_c, unet(z, t, empty).float(), g)   # Eq. 3
 
-    return SAMPLERS[sampler](predict, z, step_grid(steps))                    # Eq. 2
+    return SAMPLERS.get(sampler, sampler)(predict, z, step_grid(steps))       # Eq. 2
 
 
 def noise(seeds: Iterable[int], shape: tuple[int, ...]) -> Tensor:

@@ -1,4 +1,4 @@
-"""Text to images: `python sample.py --steps 8 --g 8`.
+"""Text to images, or images to images: `python sample.py --steps 8 --g 8`.
 
 Writes one PNG an image and a contact sheet; with --compare one sheet of no guidance, CFG and the
 guides side by side, from the same noise. Image k of a run starts from noise of its own, that of
@@ -13,6 +13,7 @@ from support import startup
 if __name__ == "__main__":
     startup.begin()
 
+import functools
 import json
 import re
 import shlex
@@ -28,9 +29,10 @@ from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 
+import meng
 import mini
 import ppdd
-from support import distributed, guides, images
+from support import distributed, editing, guides, images
 from support.base import Base, base_sha256, describe_base, find_weights, load_base, merge_loras
 from support.captions import notes_on, read_prompts
 from support.capture import captured
@@ -63,13 +65,28 @@ class Config:
                        low=0, high=2**53 - 1)
     size: str = option("", "one side or WIDTHxHEIGHT; default: 512, the miniature's 64")
 
+    image: str = option("", "an image, or a folder of them, to paint --prompt over: image to image",
+                        group="what to edit")
+    strength: str = option("", "how much of an image gives way, from 0 to 1; default: 0.6, with "
+                               "--mask or --invert 1")
+    mask: str = option("", "an image that is white where --image is to be painted anew; also for "
+                           "inpainting models")
+    invert: bool = option(False, "start from the noise that --image comes from, not from new noise")
+    source_prompt: str = option("", "what the image shows, for --invert")
+    encode_weights: str = option("", "the base that --invert reads the image with; default: that "
+                                     "of --weights")
+
     steps: int = option(8, "sampling steps", low=1, high=ppdd.TIMESTEPS, group="base and guide")
     g: float = option(8.0, "guidance number of Eq. 3: 0 is no guidance, 8 is strong; the guidance "
                            "scale elsewhere is 1 + g", low=-1000, high=1000)
     guide: str = option("tiny", "tiny, seeing or full: the guide distilled for about so many "
-                                "steps; cfg: two passes a step; none; or the path of a guide")
+                                "steps; whole: a UNet distilled as a whole; cfg: two passes a "
+                                "step; none; or the path of a guide")
     guides: str = option("", "folder to search for guides before guides/ and mini/guides/")
-    sampler: str = option("ddim", "ddim or plms", choices=tuple(ppdd.SAMPLERS))
+    transplant: str = option("", "the base that --guide whole was distilled on: its difference "
+                                 "from that is added to --weights")
+    sampler: str = option("ddim", "ddim, plms or stochastic: with noise, in steps of twice the "
+                                  "length", choices=(*ppdd.SAMPLERS, "stochastic"))
     weights: str = option("", "Stable Diffusion 1.5: a file or a folder; default: ./weights and "
                               "the Hugging Face cache are searched, else the miniature is used")
     vae: str = option("", "a VAE in place of the checkpoint's: a file, a folder, or a checkpoint")
@@ -90,7 +107,7 @@ class Config:
 
 
 METHODS = {"none": "no guidance", "cfg": "CFG", "full": "full guide", "tiny": "tiny guide",
-           "seeing": "seeing guide"}
+           "seeing": "seeing guide", "whole": "distilled UNet"}
 KEPT = "the images of finished batches are kept"
 MAX_ON_SHEET = 64               # images on a contact sheet
 MAX_ROWS = 32                   # rows of a comparison
@@ -110,13 +127,14 @@ class Shot(NamedTuple):
 
     prompt: str
     seed: int
+    image: Path | None = None                       # to start from
 
 
 class Method(NamedTuple):
     """One way to be guided."""
 
     name: str                                       # stem of the guide's file, or cfg, or none
-    kind: str                                       # tiny, full, cfg or none
+    kind: str                                       # tiny, full, whole, cfg or none
     guide: nn.Module | None = None
     step: Callable[..., Tensor] | None = None       # compiled, else `fast.sample`'s own
 
@@ -134,7 +152,10 @@ def run(config: Config) -> None:
     out = writable_folder(config.export or config.out)
     with distributed.init_distributed(config.device, advice=f"; {KEPT}") as device:
         path = find_weights(config.weights)
-        base = load_base(path, resolve_dtype(config.dtype, device), device, config.vae)
+        dtype = resolve_dtype(config.dtype, device)
+        base = load_base(path, dtype, device, config.vae, inpainting=bool(config.mask))
+        if config.encode_weights:
+            base.source = load_source(config, base)
         if base.is_miniature:
             use_few_threads(1)                  # eight small images took twice as long on two
         loras = merge_loras(base, config.lora)
@@ -142,6 +163,10 @@ def run(config: Config) -> None:
         texts = (*config.prompt, config.negative) if config.negative else config.prompt
         distributed.print_once(describe_base(path, config.weights, config.vae), *loras,
                                f"g = {config.g:g} (guidance scale {1 + config.g:g} elsewhere)")
+        if config.image:
+            grid = meng.edit_grid(config.steps, float(config.strength))
+            distributed.print_once(f"--image: {len(grid) - 1} of {config.steps} steps, "
+                                   f"{'up to' if config.invert else 'from'} t = {grid[0]}")
         if config.export:
             return export(config, base, out)
         distributed.print_once(*notes_on(texts, base.tokenizer),
@@ -150,9 +175,11 @@ def run(config: Config) -> None:
             distributed.print_once("compiling: the first batch may wait for a minute or two")
             base.vae.decode = compile_step(base.vae.decode)
         else:
-            prepack(base.unet, base.vae)
+            prepack(*(net for used in (base, base.source) if used for net in (used.unet, used.vae)))
         prompts = [prompt for prompt in config.prompt for _ in range(config.n)]
-        shots = [Shot(prompt, config.seed + k) for k, prompt in enumerate(prompts)]
+        sources = editing.find_images(config.image) if config.image else [None]
+        pairs = [(prompt, source) for source in sources for prompt in prompts]
+        shots = [Shot(prompt, config.seed + k, source) for k, (prompt, source) in enumerate(pairs)]
         (compare if config.compare else write_images)(config, base, shots, out)
 
 
@@ -168,7 +195,8 @@ def write_images(config: Config, base: Base, shots: list[Shot], out: Path) -> No
         for batch, files in own:
             made = sample_images(config, base, method, batch, bar.update)
             for shot, path, image in zip(batch, files, made):
-                again = replace(config, prompt=(shot.prompt,), seed=shot.seed, n=1)
+                again = replace(config, prompt=(shot.prompt,), seed=shot.seed, n=1,
+                                image=str(shot.image or ""))
                 save(path, image, again, base, method.name, shot, sha256.result())
     distributed.barrier()                        # the sheet shows the other processes' images too
     if distributed.rank() > 0:
@@ -192,13 +220,36 @@ def sample_images(config: Config, base: Base, method: Method, shots: list[Shot],
                   progress: Callable[[], object] = lambda: None) -> list[Image.Image]:
     """The images of one batch of shots; progress() is called once a prediction."""
     width, height = sides(config.size)
-    c = base.embed([shot.prompt for shot in shots])                                 # (B, L, D)
-    empty = base.embed([config.negative]).expand_as(c) if method.kind == "cfg" else None
-    shape = (base.unet.config.in_channels, height // 8, width // 8)
-    z = ppdd.noise([shot.seed for shot in shots], shape).to(c.device)               # (B, Z, H, W)
-    z = fast_sample(base.unet, z, c, config.g, config.steps, method.guide, empty, config.sampler,
-                    progress, method.step)
+    shape = (base.unet.config.out_channels, height // 8, width // 8)
+    noises = meng.noise_stream([shot.seed for shot in shots], shape, base.device)   # (B, Z, H, W)
+    sampler = ppdd.SAMPLERS.get(config.sampler, functools.partial(meng.stochastic, noises=noises))
+    strength = float(config.strength or 1)
+    grid = meng.edit_grid(config.steps, strength)
+    if config.image:
+        pixels = editing.read_images([shot.image for shot in shots], width, height).to(base.device)
+    if config.invert:
+        source = base.source or base
+        prompts = [config.source_prompt] * len(shots)
+        z = sample_latents(config, source, method, prompts, source.encode(pixels, 0), meng.invert,
+                           grid[::-1], progress)
+    elif config.image:
+        mask = editing.read_mask(expand(config.mask), width, height) if config.mask else None
+        z, sampler = editing.start(base, pixels, mask, strength, grid, noises, sampler)
+    else:
+        z = next(noises)
+    prompts = [shot.prompt for shot in shots]
+    z = sample_latents(config, base, method, prompts, z, sampler, grid, progress)
     return [images.to_image(pixels) for pixels in base.decode(z)]                # (3, 8H, 8W) each
+
+
+def sample_latents(config: Config, base: Base, method: Method, prompts: list[str], z: Tensor,
+                   sampler: meng.Sampler, grid: list[int], progress: Callable[[], object]
+                   ) -> Tensor:
+    """Latents (B, Z, H, W) at the grid's other end, of those at its first."""
+    c = base.embed(prompts)                                                         # (B, L, D)
+    empty = base.embed([config.negative]).expand_as(c) if method.kind == "cfg" else None
+    return fast_sample(base.unet, z, c, config.g, config.steps, method.guide, empty, sampler,
+                       progress, method.step, grid)
 
 
 def batches(config: Config, shots: list) -> list[list]:
@@ -211,8 +262,9 @@ def own_share(work: Iterable) -> list:
 
 
 def predictions(config: Config) -> int:
-    """Of one run of the sampler: PLMS takes its first step twice."""
-    return config.steps + (config.sampler == "plms" and config.steps > 1)
+    """Of one image: PLMS takes its first step twice, and an inversion comes before."""
+    steps = len(meng.edit_grid(config.steps, float(config.strength or 1))) - 1
+    return steps + (config.sampler == "plms" and steps > 1) + steps * config.invert
 
 
 def progress_bar(config: Config, shots: list[Shot], methods: int = 1) -> tqdm:
@@ -228,8 +280,9 @@ def save(path: Path, image: Image.Image, config: Config, base: Base, guide: str,
         shot.prompt, config.negative, Steps=config.steps, Sampler=config.sampler.upper(),
         CFG_scale=f"{1 + config.g:g}", Seed=shot.seed, Size=config.size, Model_hash=sha256[:10],
         Model=base.name, **({"LoRA": loras} if loras else {}),
-        **({"VAE": base.vae_path.name} if base.vae_path else {}), Guide=guide, g=f"{config.g:g}",
-        Version="ppdd")
+        **({"VAE": base.vae_path.name} if base.vae_path else {}),
+        **({"Denoising_strength": config.strength} if config.strength else {}), Guide=guide,
+        g=f"{config.g:g}", Version="ppdd")
     images.save_png(path, image, ppdd=json.dumps(asdict(config)), parameters=parameters,
                     **text_chunks)
 
@@ -247,8 +300,11 @@ def resolve_defaults(config: Config) -> Config:
     if not (config.compare or config.export):
         guide = "none" if g == 0 and guide != "cfg" else guide
         g = 0.0 if guide == "none" else g
+    strength = config.strength
+    if config.image and not strength:
+        strength = "1" if config.mask or config.invert else "0.6"
     return replace(config, prompt=(*config.prompt, *read), prompts="", device=device, dtype=dtype,
-                   guide=guide, g=g)
+                   guide=guide, g=g, strength=strength)
 
 
 def check(config: Config) -> None:
@@ -275,8 +331,10 @@ def check(config: Config) -> None:
     )
     for lora in config.lora:
         parse_lora(lora)
-    if path:
-        guides.read_guide(path)
+    editing.check(config)
+    kind = guides.read_guide(path).config.kind if path else config.guide
+    require((config.transplant and kind != "whole" and not config.compare, "--transplant is for a "
+             "UNet distilled as a whole, and g above 0; a guide works on other bases as it is"))
     sides(config.size or "512")
 
 
@@ -300,6 +358,8 @@ def resolve_for_base(config: Config, base: Base) -> Config:
     if far and not config.export:
         warn(f"--size {config.size}: the base was trained on images of {own} pixels, and is poor "
              "far from that")
+    if config.mask:                                 # a bad one is refused before anything starts
+        editing.read_mask(expand(config.mask), width, height)
     examples = mini.EXAMPLES if base.is_miniature else SD_PROMPTS
     if config.compare:
         examples = examples[:EXAMPLE_ROWS]
@@ -315,26 +375,43 @@ def find_method(config: Config, base: Base, guide: str) -> Method:
         return Method(guide, guide, None, step)
     path = expand(guide)
     if guide in METHODS:
-        path = guides.find_guide(base, guide, config.steps, config.guides)
+        path = guides.find_guide(base, guide, step_length(config), config.guides)
     if path is None:
         raise BadInput(f"there is no {guide} guide for {base.name}: train one with "
                        f"`{training_command(config, base, guide)}`, or use --guide cfg, or the "
                        "miniature with its guides: --weights mini")
     file = guides.read_guide(path)
-    module = guides.load_guide(path, base.unet.config, DTYPES[config.dtype], base.device)
+    original = config.transplant if file.config.kind == "whole" else ""
+    module = (guides.transplant(path, original, base) if original else
+              guides.load_guide(path, base.unet.config, DTYPES[config.dtype], base.device))
     if not (config.compile or config.export):
         prepack(module)
-    distributed.print_once(guides.describe_guide(path, file.about, base))
+    distributed.print_once(guides.describe_guide(path, file.about, base, original))
     if not config.export:
         warn(*guides.doubts_about(path, file, config.g, config.steps, config.sampler))
     return Method(path.stem, file.config.kind, module, step)
 
 
+def step_length(config: Config) -> int:
+    """The number of steps as long as the sampler's: stochastic ones have twice the length."""
+    return max(1, config.steps // 2) if config.sampler == "stochastic" else config.steps
+
+
+def load_source(config: Config, base: Base) -> Base:
+    """The other base that --invert reads images with."""
+    source = load_base(find_weights(config.encode_weights), base.unet.dtype, base.device)
+    if source.unet.config != base.unet.config:
+        raise BadInput(f"--encode-weights {config.encode_weights}: its UNet has other sizes than "
+                       f"that of {base.name}")
+    return source
+
+
 def training_command(config: Config, base: Base, kind: str) -> str:
     """The command that trains a guide for the base in use."""
     form = kind if kind in ppdd.FORMS else ""
+    draws_data = base.is_miniature and not base.inpaints
     flags = {"--guide": "tiny" if form else kind, "--form": form, "--weights": config.weights,
-             "--vae": config.vae, "--data": "" if base.is_miniature else "FOLDER"}
+             "--vae": config.vae, "--data": "" if draws_data else "FOLDER"}
     given = [word for flag, value in flags.items() if value for word in (flag, value)]
     return shlex.join(["python", "train.py", *given])
 

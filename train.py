@@ -6,7 +6,8 @@ in two. Then, from 64 steps to 32, 16 and 8, the guide learns to do two of its o
 
     guides/BASE/tiny.safetensors, tiny-32.safetensors, tiny-16.safetensors, tiny-8.safetensors
 
-A run cut short by --max-updates is a trial: its guides stay in the run's folder.
+A run cut short by --max-updates is a trial: its guides stay in the run's folder. `--guide whole`
+trains no guide but a copy of the UNet, the student of Meng et al. (2023), in the same stages.
 
 Every update draws from a random generator of its own (seed, stage, update). So a run that was
 killed and resumed is, on a CPU, equal to an uninterrupted one, bit for bit.
@@ -42,6 +43,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
+import meng
 import ppdd
 from mini import postcards
 from mini.dataset import Postcards
@@ -64,7 +66,7 @@ from support.distributed import (
     world_size,
 )
 from support.files import atomic_write, check_writable, expand, sha256, sync
-from support.guides import load_guide, read_guide, save_guide
+from support.guides import build_guide, load_guide, read_guide, save_guide
 from support.machine import find_device, math_attention, resolve_dtype
 from support.muon import Muon
 from support.training_state import (
@@ -78,6 +80,7 @@ from support.training_state import (
     refuse_other_run,
     set_aside,
 )
+from unet import Block
 
 # ------------------------------------------------------------------------------- settings
 
@@ -102,10 +105,13 @@ class Config:
                        low=64, high=2048)
     cache: str = option("", "encode the images of --data once, and keep that in this folder, fp16")
 
-    guide: str = option("tiny", "which guide to train", group="guide", choices=("tiny", "full"))
+    guide: str = option("tiny", "which guide to train; whole: none, but a copy of the UNet (Meng "
+                                "et al.)", group="guide", choices=("tiny", "full", "whole"))
     form: str = option("sum", "of the tiny guide: Eq. 5's sum; gated: the text scales what g and "
                               "the time say; seeing: so do the image's features",
                        choices=ppdd.FORMS)
+    prediction: str = option("eps", "of the whole UNet: the noise, or v = α ε − σ x",
+                             choices=("eps", "v"))
     g_range: tuple[float, float] = option((2.0, 9.0), "g is uniform in LOW HIGH; 8 8 fixes it",
                                           metavar=("LOW", "HIGH"), low=0, below=100)
     uncond: str = option("", "a negative prompt to bake into the guide in place of ∅")
@@ -121,6 +127,8 @@ class Config:
                               high=1000)
     end_steps: int = option(8, "halve down to this many steps; start_steps: stage one only", low=1,
                             high=1000)
+    stochastic: bool = option(False, "halvings also learn to start from the odd points of their "
+                                     "teacher's grid, where --sampler stochastic does")
     batch: int = option(0, "images an update, those of all processes together; 0: 32, for the "
                            "miniature on a GPU 1024", low=0, high=65536)
     trajectories: float = option(0.0, "share of a batch taken not from noised images but from the "
@@ -130,8 +138,9 @@ class Config:
     lr: float = option(0.0, "learning rate of stage one; 0: what suits", low=0, below=1)
     halving_lr: float = option(0.0, "learning rate of the halving stages; 0: what suits",
                                low=0, below=1)
-    loss: str = option("eps", "weigh the ε error plainly, as the paper does, or by the root of "
-                              "truncated SNR", choices=("eps", "root-snr"))
+    loss: str = option("", "weigh the ε error plainly, as the paper does; by the root of truncated "
+                           "SNR; or as truncated SNR weighs x̂'s, as Meng et al. do; default: eps, "
+                           "of v snr", choices=("eps", "root-snr", "snr"))
     grad_clip: float = option(1.0, "gradients are clipped to this norm", above=0)
     seed: int = option(0, "seed of everything", low=0, high=2**31 - 1)
 
@@ -149,7 +158,8 @@ class Config:
                                 "that has it, else fp32", choices=("auto", "fp32", "bf16"))
     accumulate: int = option(1, "split each batch into so many parts, one by one, to save memory",
                              low=1)
-    checkpointing: bool = option(False, "recompute the decoder's blocks backwards, for memory")
+    checkpointing: bool = option(False, "recompute the decoder's blocks backwards, for memory; of "
+                                        "--guide whole all blocks")
     compile: bool = option(False, "torch.compile the base; needs a C++ compiler on a CPU")
 
 
@@ -171,17 +181,25 @@ class Defaults(NamedTuple):
 # and both halvings were not. SD 1.5's are starting points that nobody has tried: ControlNet's usual
 # rate for the full guide, ten times that for the tiny one, whose layers are few and start from
 # nothing. Halving changes a guide that is good already, so it takes a fraction of stage one's rate.
+# "whole" trains as many updates as the full guide. Of its rates only the miniature's in stage one
+# was tried, for 60 updates on a CPU: AdamW at 5e-4 and 2e-3 did better than Muon at 2e-3 and 6e-3.
+# SD 1.5's are a usual rate of fine-tuning. Meng et al. train 3,000 updates of batch 512, then 2,000
+# a halving, and 20,000 each at 4, 2 and 1 steps.
 DEFAULTS = {
     ("mini", "tiny", "cpu"): Defaults("adamw", 5e-3, 6000, 1e-3, 500),
     ("mini", "full", "cpu"): Defaults("muon", 6e-3, 9000, 1.5e-3, 500),
     ("mini", "tiny", "cuda"): Defaults("adamw", 5e-3, 1500, 1e-3, 150, 1024, 40_000),
     ("mini", "full", "cuda"): Defaults("muon", 6e-3, 4000, 1.5e-3, 300, 1024, 40_000),
+    ("mini", "whole", "cpu"): Defaults("adamw", 1e-3, 9000, 3e-4, 500),
+    ("mini", "whole", "cuda"): Defaults("adamw", 1e-3, 4000, 3e-4, 300, 1024, 40_000),
     ("sd", "tiny", "cpu"): Defaults("adamw", 1e-3, 20_000, 3e-4, 5_000),
     ("sd", "full", "cpu"): Defaults("adamw", 1e-4, 20_000, 3e-5, 5_000),
     ("sd", "tiny", "cuda"): Defaults("adamw", 1e-3, 20_000, 3e-4, 5_000),
     ("sd", "full", "cuda"): Defaults("adamw", 1e-4, 20_000, 3e-5, 5_000),
+    ("sd", "whole", "cpu"): Defaults("adamw", 1e-5, 20_000, 1e-5, 5_000),
+    ("sd", "whole", "cuda"): Defaults("adamw", 1e-5, 20_000, 1e-5, 5_000),
 }
-WEIGHTS = {"eps": None, "root-snr": ppdd.root_snr}
+WEIGHTS = {"eps": None, "root-snr": ppdd.root_snr, "snr": meng.truncated_snr}
 OPTIMIZERS = {"adamw": torch.optim.AdamW, "muon": Muon}
 # Settings that a resumed run may change: they change no draw, or are checked by what they hold.
 MAY_CHANGE = {"resume", "save_every", "keep", "grid_every", "device", "dtype", "compile",
@@ -203,13 +221,18 @@ def check(config: Config) -> None:
         (config.init and not config.further and config.start_steps == config.end_steps,
          "--init skips stage one, and --start-steps is --end-steps: nothing is left to train"),
         (config.cache and not config.data, "--cache is for images of --data: give some"),
+        (config.prediction == "v" and config.guide != "whole",
+         "--prediction v is for --guide whole: the base of other guides predicts ε"),
+        (config.form != "sum" and config.guide == "whole", "--form is of the tiny guide: leave it "
+         "out with --guide whole"),
         (config.uncond != config.uncond.encode(errors="ignore").decode(),
          "--uncond holds bytes that are not text"))
 
 
 def guide_name(config: Config) -> str:
     """Stem of a guide's files: its kind, and its form where that is not the paper's."""
-    return config.guide + (f"-{config.form}" if config.form != "sum" else "")
+    v = "-v" * (config.prediction == "v")
+    return config.guide + (f"-{config.form}" if config.form != "sum" else "") + v
 
 
 def resolve_defaults(config: Config, base: Base) -> Config:
@@ -231,6 +254,7 @@ def resolve_defaults(config: Config, base: Base) -> Config:
     return replace(
         config, optimizer=config.optimizer or suits.optimizer, lr=config.lr or suits.lr,
         halving_lr=config.halving_lr or suits.halving_lr, batch=batch,
+        loss=config.loss or ("snr" if config.prediction == "v" else "eps"),
         updates=int(min(config.updates or suits.updates, limit)),
         halving_updates=int(min(config.halving_updates or suits.halving_updates, limit)),
         images=config.images or min(suits.images, 40 * batch if config.max_updates else 10**6),
@@ -284,7 +308,11 @@ class Trainer:
         self.folder, self.command = folder, command
         self.device = base.device
         self.captures = self.device.type == "cuda" and world_size() == 1
-        self.guide_config = GuideConfig(kind=config.guide, form=config.form)
+        # A student's losses are the guides', with another student in them.
+        self.paper = meng if config.guide == "whole" else ppdd
+        self.guide_config = (meng.StudentConfig(prediction=config.prediction)
+                             if self.paper is meng else
+                             GuideConfig(kind=config.guide, form=config.form))
         torch.manual_seed(config.seed)
         self.guide = self.new_guide()
         # Of the halvings: the guide of the stage before.
@@ -305,7 +333,7 @@ class Trainer:
         return self.stages[self.stage] if self.stage < len(self.stages) else Stage(0, 0, 0.0)
 
     def new_guide(self) -> nn.Module:
-        guide = ppdd.build_guide(self.base.unet.config, self.guide_config)
+        guide = build_guide(self.base.unet.config, self.guide_config)
         return to_channels_last(guide.to(self.device))
 
     def begin_stage(self) -> None:
@@ -413,7 +441,7 @@ class Trainer:
             x = self.base.vae.sample(part.moments, part.noise[0])             # (m, Z, H, W)
             z = ppdd.add_noise(x, part.noise[1], part.t[:len(x)])
             z = torch.cat([z, part.rollouts])                                 # (b, Z, H, W)
-            result = self.distill(z, part.t, part.c, part.g)
+            result = self.distill(z, part.t, part.c, part.g, part.beside)
             (result.loss * (len(part.slots) / self.config.batch)).backward()
             target[part.places] = result.target[len(x):]
             columns = (result.loss.detach() / self.config.batch, result.error, result.correction,
@@ -425,17 +453,20 @@ class Trainer:
         norm = nn.utils.clip_grad_norm_(self.guide.parameters(), self.config.grad_clip)
         return metrics, target, norm
 
-    def distill(self, z: Tensor, t: Tensor, c: Tensor, g: Tensor) -> Distilled:
+    def distill(self, z: Tensor, t: Tensor, c: Tensor, g: Tensor, beside: Tensor | None = None
+                ) -> Distilled:
         """The loss of a batch: Algorithm 1, or a halving on the grid of the teacher's steps."""
-        stage, unet = self.current_stage, self.base.unet
-        weight = WEIGHTS[self.config.loss]
+        stage, weight = self.current_stage, WEIGHTS[self.config.loss]
+        unet, guide, teacher = self.base.unet, self.run_guide, self.teacher
+        if self.base.inpaints:
+            unet, guide, teacher = (meng.BesideMask(x, beside) for x in (unet, guide, teacher))
         if not stage.steps:
             empty = self.empty.expand(len(z), -1, -1)
-            return ppdd.cfg_distillation(unet, self.run_guide, z, t, c, empty, g, weight)
+            return self.paper.cfg_distillation(unet, guide, z, t, c, empty, g, weight)
         following = next_timestep(2 * stage.steps, self.device)
         t_mid = following[t]
-        return ppdd.halving(unet, self.run_guide, self.teacher, z, t, t_mid, following[t_mid], c, g,
-                            weight)
+        t_end = following[t_mid].where(t_mid >= 0, t_mid)   # the last of --stochastic: one step
+        return self.paper.halving(unet, guide, teacher, z, t, t_mid, t_end, c, g, weight)
 
     def update_guide(self, parts: list[Part]) -> tuple[Tensor, Tensor, Tensor]:
         result = self.backward(parts)
@@ -451,7 +482,7 @@ class Trainer:
             else:
                 group["lr"] = lr
 
-    def run_guide(self, *args: Tensor) -> list[Tensor]:
+    def run_guide(self, *args: Tensor) -> list[Tensor] | Tensor:
         """The guide, in the dtype of the base. Its own weights stay in float32: an update moves
         them by less than bf16 can tell."""
         dtype = self.base.unet.dtype
@@ -575,7 +606,14 @@ class Trainer:
         c, g = self.base.embed(prompts).to(self.base.unet.dtype), min(8.0, self.config.g_range[1])
         guide = copy.deepcopy(self.guide).to(self.base.unet.dtype)
         ways = {"empty": self.empty.expand(len(prompts), -1, -1)}, {"guide": guide}
-        sample = ppdd.sample if self.config.compile else fast.sample    # it records its own steps
+        if self.base.inpaints:                  # everything is masked
+            grey = z.new_zeros(len(z), 3, *(8 * side for side in z.shape[2:]))
+            sampler = functools.partial(meng.inpaint_by_channels, mask=torch.ones_like(z[:, :1]),
+                                        masked=self.base.encode(grey, 0))
+            ways = tuple(way | {"sampler": sampler} for way in ways)
+        # fast.sample records its own steps; a student is not compiled.
+        sample = ppdd.sample if self.config.compile else fast.sample
+        samples = sample, fast.sample if self.paper is meng else sample
         rows = []
         with tqdm(total=2 * (steps + len(prompts)), desc="drawing", leave=False) as bar:
             def progress() -> None:
@@ -583,7 +621,7 @@ class Trainer:
                     raise KeyboardInterrupt
                 bar.update()
 
-            for way in ways:
+            for sample, way in zip(samples, ways):
                 latents = sample(self.base.unet, z, c, g, steps, progress=progress, **way)
                 images = []
                 for latent in latents.split(1):
@@ -652,6 +690,7 @@ class Trainer:
     def load(self) -> None:
         """Goes on from the last checkpoint that is whole."""
         tensors, state = self.folder.load()
+        state["config"] = asdict(Config()) | state["config"]    # an older run lacks newer settings
         refuse_other_run(self.folder.path, state, self.state(), MAY_CHANGE)
         self.stage, self.update, self.init_info = state["stage"], state["update"], state["init"]
         self.begin_stage()
@@ -673,8 +712,8 @@ class Trainer:
         steps = file.about.get("steps") or self.config.start_steps
         require(
             (file.config != self.guide_config,
-             f"--init {path} is a guide of other settings ({file.config}): give the --guide and "
-             "--form that it was trained with"),
+             f"--init {path} is a guide of other settings ({file.config}): give the --guide, "
+             "--form and --prediction that it was trained with"),
             (self.config.further and file.about.get("steps"),
              f"--init {path} was halved to {file.about.get('steps')} steps: --further takes a "
              "guide of stage one; leave it out to halve this one"),
@@ -690,6 +729,21 @@ class Trainer:
         self.begin_stage()
 
 
+class Recomputed(Block):
+    """A student's block, computed again on the way back in place of keeping what is inside.
+
+    Its weights are handed over for that: `run_guide` lends it copies in another dtype, and takes
+    them back before.
+    """
+
+    def forward(self, *args: Tensor, again: bool = False) -> Tensor:
+        if again:
+            return super().forward(*args)
+        weights = dict(self.named_parameters())
+        return checkpoint(torch.func.functional_call, self, weights, args, {"again": True},
+                          use_reentrant=False, preserve_rng_state=False)    # nothing is random
+
+
 # ------------------------------------------------------------------------------- the command
 
 
@@ -700,7 +754,7 @@ def prepare(config: Config, argv: list[str] | None = None) -> Trainer:
     """
     check(config)
     path = find_weights(config.weights)
-    base = load_base(path, device=find_device(config.device), vae=config.vae)
+    base = load_base(path, device=find_device(config.device), vae=config.vae, inpainting=True)
     merged = merge_loras(base, config.lora)
     base.unet.to(resolve_dtype(config.dtype, base.device))
     config = resolve_defaults(config, base)
@@ -729,9 +783,15 @@ def begin(config: Config, base: Base, folder: RunFolder,
           command: Callable[..., str]) -> Trainer:
     """The run itself, once its folder is this process's own."""
     data = load_data(config, base)
+    require((base.inpaints and (config.cache or config.trajectories or not config.data
+                                or not data.image_count),
+             f"{base.name} is an inpainting model, and masks images anew in every update: give "
+             "images with --data, and neither --cache nor --trajectories"))
     if not data.image_count:
         config = replace(config, trajectories=1.0)
         print_once(f"{len(data)} prompts without images: training on what the base itself paints")
+    require((config.stochastic and config.trajectories == 1, "--stochastic is for noised images: "
+             "the teacher's own samples never stand at odd points of its grid"))
     if config.checkpointing:
         for block in base.unet.output_blocks:
             block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False,
@@ -740,6 +800,9 @@ def begin(config: Config, base: Base, folder: RunFolder,
         base.unet.encode = torch.compile(base.unet.encode)
         base.unet.decode = torch.compile(base.unet.decode)
     trainer = Trainer(config, base, data, folder, command)
+    if config.checkpointing and trainer.paper is meng:
+        for block in trainer.guide.modules():
+            block.__class__ = Recomputed if type(block) is Block else block.__class__
     if config.resume:
         trainer.load()
     elif config.init:

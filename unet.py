@@ -229,12 +229,15 @@ class Encoder(nn.Module):
 
     def embed_time(self, t: Tensor) -> Tensor:
         """Timesteps (B,), 0 to 999, whole or not, to their embedding (B, E)."""
+        return self.time_embed(self.fourier(t))                               # (B, E)
+
+    def fourier(self, x: Tensor) -> Tensor:
+        """Numbers (B,) to their cosines and sines at `half` frequencies from 1 to 1 / 10,000."""
         half = self.config.model_channels // 2
-        index = torch.arange(half, device=t.device, dtype=torch.float32)
+        index = torch.arange(half, device=x.device, dtype=torch.float32)
         # In float32 whatever the weights are: in half precision t = 998 and 999 would be the same.
-        angle = t.float()[:, None] * torch.exp(-math.log(10_000) / half * index)  # (B, half)
-        wave = torch.cat([angle.cos(), angle.sin()], dim=1)                   # (B, 2 · half)
-        return self.time_embed(wave.to(self.dtype))                           # (B, E)
+        angle = x.float()[:, None] * torch.exp(-math.log(10_000) / half * index)  # (B, half)
+        return torch.cat([angle.cos(), angle.sin()], dim=1).to(self.dtype)    # (B, 2 · half)
 
 
 class UNet(Encoder):

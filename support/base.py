@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,6 +39,7 @@ class Base:
     path: Path
     loras: tuple[tuple[Path, float], ...] = ()      # files merged into it, with their scales
     vae_path: Path | None = None                    # of a VAE that replaces the checkpoint's own
+    source: Base | None = None                      # another, that images are inverted with
 
     @property
     def name(self) -> str:
@@ -59,6 +60,11 @@ class Base:
         """Whether it is the miniature or as small, and paints postcards of 64 pixels."""
         return self.unet.config.model_channels < 256
 
+    @property
+    def inpaints(self) -> bool:
+        """Whether its UNet is for inpainting, and also takes a mask and the masked image."""
+        return self.unet.config.in_channels > self.unet.config.out_channels
+
     def embed(self, texts: list[str]) -> Tensor:
         """The paper's c: the states of prompts (B, 77, D), in the text encoder's dtype."""
         ids = self.tokenizer(texts).to(self.text.final_layer_norm.weight.device)
@@ -66,27 +72,42 @@ class Base:
         encode = captured(encode_text, ids.device) if len(ids) <= 64 else encode_text
         return encode(self.text, ids)
 
-    def decode(self, z: Tensor) -> Tensor:
-        """Latents (B, Z, H / 8, W / 8) to images (B, 3, H, W) uint8.
+    def encode(self, images: Tensor, noise: Tensor | float) -> Tensor:
+        """Images (B, 3, H, W) in [−1, 1] to the latents (B, Z, H / 8, W / 8) that standard normal
+        noise picks, scaled for the UNet, float32; the number 0 picks their means."""
+        moments = torch.cat([*self._in_parts(encode_images, images, images[0, 0].numel() // 64)])
+        return self.vae.sample(moments, noise)
 
-        As many at a time as make up one of 512 × 512, on a GPU four, so that memory stays flat.
-        float16 can overflow in the VAE: an image that is not finite is decoded again in float32.
+    def decode(self, z: Tensor) -> Tensor:
+        """Latents (B, Z, H / 8, W / 8) to images (B, 3, H, W) uint8."""
+        return torch.cat([((x / 2 + 0.5).clamp(0, 1) * 255).round().byte()
+                          for x in self._in_parts(decode_latents, z, z[0, 0].numel())])
+
+    def _in_parts(self, run: Callable[[VAE, Tensor], Tensor], batch: Tensor, positions: int
+                  ) -> Iterator[Tensor]:
+        """A half of the VAE over a batch, float32: as many images at a time, each of so many
+        positions in the latent, as make up one of 512 × 512, on a GPU four. So memory stays flat.
+
+        float16 can overflow in the VAE: what is not finite is computed again in float32.
         """
-        dtype, images = next(self.vae.parameters()).dtype, []
+        dtype = next(self.vae.parameters()).dtype
         # A recording would go on reading the weights that are replaced below.
-        decode = decode_latents if dtype == torch.float16 else captured(decode_latents, z.device)
-        positions = 64 * 64 * (4 if z.is_cuda else 1)
-        for latents in z.split(max(1, positions // z[0, 0].numel())):
-            x = decode(self.vae, latents.to(dtype)).float()
+        quick = run if dtype == torch.float16 else captured(run, batch.device)
+        most = 64 * 64 * (4 if batch.is_cuda else 1)
+        for part in batch.split(max(1, most // positions)):
+            x = quick(self.vae, part.to(dtype)).float()
             if dtype == torch.float16 and (bad := ~x.flatten(1).isfinite().all(1)).any():
-                x[bad] = self.vae.float().decode(latents[bad].float())
+                x[bad] = run(self.vae.float(), part[bad].float())
                 self.vae.to(dtype)
-            images.append(((x / 2 + 0.5).clamp(0, 1) * 255).round().byte())
-        return torch.cat(images)
+            yield x
 
 
 def encode_text(text: TextEncoder, ids: Tensor) -> Tensor:
     return text(ids)
+
+
+def encode_images(vae: VAE, images: Tensor) -> Tensor:
+    return vae.encode(images)
 
 
 def decode_latents(vae: VAE, z: Tensor) -> Tensor:
@@ -94,13 +115,18 @@ def decode_latents(vae: VAE, z: Tensor) -> Tensor:
 
 
 def load_base(path: Path, dtype: torch.dtype = torch.float32,
-              device: str | torch.device = "cpu", vae: str | Path = "") -> Base:
+              device: str | torch.device = "cpu", vae: str | Path = "", inpainting: bool = False
+              ) -> Base:
     """All three networks of a checkpoint, frozen; the VAE of another file or folder, if given.
 
-    Raises CheckpointError.
+    Raises CheckpointError; also for an inpainting model, unless `inpainting` allows one.
     """
     vae_path = expand(vae) if vae else None
     unet_ = to_channels_last(load_unet(path, dtype, device))
+    if unet_.config.in_channels == 2 * unet_.config.out_channels + 1 and not inpainting:
+        raise CheckpointError(f"{path} is an inpainting model, with {unet_.config.in_channels} "
+                              "input channels, for sample.py with --image and --mask: "
+                              f"{PASS_SD15} for text to image")
     vae_ = to_channels_last(load_vae(vae_path or path, dtype, device))
     text = load_text_encoder(path, dtype, device)
     _check_fit(unet_.config, vae_.config, text.config, f"{path} with {vae}" if vae else str(path))
@@ -114,7 +140,9 @@ def _check_fit(unet_: UNetConfig, vae_: VAEConfig, text: TextConfig, source: str
     """Raises CheckpointError where networks can't work together. All else here takes it for granted
     that latents are an eighth of an RGB image, and that the UNet predicts their noise."""
     latents = (vae_.z_channels, unet_.in_channels, unet_.out_channels)
-    fits = (len(set(latents)) == 1 and text.width == unet_.context_dim and len(vae_.ch_mult) == 4
+    in_channels = (vae_.z_channels, 2 * vae_.z_channels + 1)    # the second is for inpainting
+    fits = (unet_.out_channels == vae_.z_channels and unet_.in_channels in in_channels
+            and text.width == unet_.context_dim and len(vae_.ch_mult) == 4
             and vae_.in_channels == vae_.out_channels == 3)
     if not fits:
         raise CheckpointError(

@@ -25,7 +25,9 @@ from support.distributed import rank, world_size
 class Batch(NamedTuple):
     """What chance decides of a whole batch, whatever the number of processes."""
 
-    noise: Tensor       # (2, n, Z, H, W) of the n noised images: for x from its moments, for z_t
+    noise: Tensor       # (2, n, Z, H, W) of the n noised images: for x from its moments, for z_t;
+                        # for inpainting a third, for the masked image
+    masks: Tensor       # (n, 1, H, W) for inpainting, 1 where images are masked; else (n, 0, H, W)
     t: Tensor           # (B,) timesteps, of those images and then of the rollouts
     g: Tensor           # (B,)
 
@@ -37,6 +39,7 @@ class Part(NamedTuple):
     places: Tensor      # (b − m,) places of the others among the rollouts
     moments: Tensor     # (m, 2 Z, H, W)
     noise: Tensor       # (2, m, Z, H, W)
+    beside: Tensor      # (m, 1 + Z, H, W) for inpainting: masks, latents of the masked images
     rollouts: Tensor    # (b − m, Z, H, W)
     t: Tensor           # (b,)
     g: Tensor           # (b,)
@@ -56,7 +59,7 @@ class Batches:
         self.config, self.base, self.data = config, base, data
         self.stage, self.steps, self.updates, self.before = stage, steps, updates, before
         self.device = base.device
-        self.shape = (base.unet.config.in_channels, data.side, data.side)
+        self.shape = (base.unet.config.out_channels, data.side, data.side)
         self.noised = config.batch - math.ceil(config.trajectories * config.batch)
         self.rollouts = Rollouts(self)
         self.images: Iterator | None = None             # see `load_images`
@@ -90,16 +93,37 @@ class Batches:
         On the CPU, so that a seed means the same on every device.
         """
         n = len(self.draw_rows(generator))
-        noise = torch.randn(2, n, *self.shape, generator=generator)
+        noise = torch.randn(2 + self.base.inpaints, n, *self.shape, generator=generator)
+        masks = self.draw_masks(n, generator)
         g = self.draw_g(n, generator)
         if self.steps:
-            grid = torch.tensor(ppdd.step_grid(self.steps))
-            t = grid[torch.randint(self.steps, (n,), generator=generator)]
+            # The stochastic sampler takes the student's steps from points in between, too.
+            finer = 2 if self.config.stochastic else 1
+            grid = torch.tensor(ppdd.step_grid(finer * self.steps))
+            t = grid[torch.randint(finer * self.steps, (n,), generator=generator)]
         else:
             t = torch.randint(ppdd.TIMESTEPS, (n,), generator=generator)
         self.rollouts.refill(self.config.batch - n, generator)
         rollouts = self.rollouts.state
-        return Batch(noise, torch.cat([t, rollouts["t"]]), torch.cat([g, rollouts["g"]]))
+        return Batch(noise, masks, torch.cat([t, rollouts["t"]]), torch.cat([g, rollouts["g"]]))
+
+    def draw_masks(self, n: int, generator: torch.Generator) -> Tensor:
+        """Rectangles of any size in any place for an inpainting base, else (n, 0, H, W)."""
+        if not self.base.inpaints:
+            return torch.zeros(n, 0, *self.shape[1:])
+        low, high = torch.rand(2, n, 2, 1, generator=generator).sort(0).values
+        places = (torch.arange(self.data.side) + 0.5) / self.data.side
+        rows, columns = ((low < places) & (places < high)).unbind(1)          # (n, H), (n, W)
+        return (rows[:, :, None] & columns[:, None]).float()[:, None]
+
+    def read_beside(self, images: Tensor, masks: Tensor, noise: Tensor) -> Tensor:
+        """(m, 1 + Z, H, W) of images (m, 3, 8 H, 8 W), uint8, and masks: see `Part.beside`."""
+        if not self.base.inpaints:
+            return to_device(masks, self.device)
+        pixels = masks.repeat_interleave(8, 2).repeat_interleave(8, 3)
+        masked = torch.where(pixels > 0, 127.5, images.float())               # 0 in [−1, 1]
+        latents = self.base.vae.sample(self.data.moments(masked), to_device(noise, self.device))
+        return torch.cat([to_device(masks, self.device), latents], dim=1)
 
     def load_images(self, update: int) -> Iterator:
         """Rows and images of every part of the batch; those of later updates are loaded ahead."""
@@ -117,7 +141,9 @@ class Batches:
         parts, state, device = [], self.rollouts.state, self.device
         for slots, (on_device, places), (rows, images) in zip(self.parts, self.places,
                                                               self.load_images(update)):
-            noise = batch.noise[:, slots[slots < self.noised]]
+            noised = slots[slots < self.noised]
+            noise = batch.noise[:, noised]
+            beside = self.read_beside(images, batch.masks[noised], noise[-1])
             on_host = slots[slots >= self.noised] - self.noised
             moments = (self.data.moments(images) if noise.shape[1] else
                        noise.new_zeros(0, 2 * noise.shape[2], *noise.shape[3:]))
@@ -125,7 +151,7 @@ class Batches:
             c = self.data.prompt_states(rows).to(self.base.unet.dtype)
             parts.append(Part(
                 on_device, places, moments.to(device), to_device(noise, device),
-                state["z"][places], to_device(batch.t[slots], device),
+                beside, state["z"][places], to_device(batch.t[slots], device),
                 to_device(batch.g[slots], device), c, to_device(torch.tensor(rows), device)))
         return parts
 

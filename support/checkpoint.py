@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -84,11 +84,12 @@ def load_unet(path: str | Path, dtype: torch.dtype = torch.float32,
               device: torch.device | str = "cpu", config: UNetConfig | None = None) -> UNet:
     """The frozen UNet of a checkpoint, a single file or a folder, in eval mode.
 
-    Its sizes are `config`, else those stored in the file, else Stable Diffusion 1.5's. Raises
-    CheckpointError where the checkpoint is not what it should be.
+    Its sizes are `config`, else those stored in the file, else Stable Diffusion 1.5's; whether it
+    is for inpainting shows in its first layer. Raises CheckpointError where the checkpoint is not
+    what it should be.
     """
     tensors, stored = read_checkpoint(path, UNET)
-    config = config or read_config(UNetConfig, stored, path)
+    config = config or _with_mask_channels(read_config(UNetConfig, stored, path), tensors)
     _refuse_other_unets(tensors, config, path)
     tensors = rename(tensors, unet.folder_names(config))
     return _load(lambda: UNet(config), tensors, path, dtype, device)
@@ -255,17 +256,22 @@ def _shards(index: Path) -> list[str]:
         raise CheckpointError(f"{index} can't be read ({error}): download it again") from error
 
 
+def _with_mask_channels(config: UNetConfig, tensors: Mapping[str, Tensor]) -> UNetConfig:
+    """The sizes of an inpainting model, 9 input channels, where the first layer is one's: single
+    files don't say."""
+    first = tensors.get("input_blocks.0.0.weight", tensors.get("conv_in.weight"))
+    channels = 2 * config.out_channels + 1          # latents, mask, latents of the masked image
+    if first is not None and first.ndim == 4 and first.shape[1] == channels:
+        return replace(config, in_channels=channels)
+    return config
+
+
 def _refuse_other_unets(tensors: Mapping[str, Tensor], config: UNetConfig,
                         source: str | Path) -> None:
-    """Inpainting and other bases use the same names; the widths of two layers give them away."""
+    """Other bases use the same names; the width of the prompt's states gives them away."""
     for name, tensor in tensors.items():
         width = tensor.shape[1] if tensor.ndim > 1 else 0
-        is_first = name in ("input_blocks.0.0.weight", "conv_in.weight")
-        if is_first and width == 9 != config.out_channels:
-            raise CheckpointError(f"{source} is an inpainting model, with 9 input channels: pass "
-                                  "the Stable Diffusion 1.5 checkpoint for text to image")
-        reads_prompt = name.endswith("attn2.to_k.weight")
-        if reads_prompt and width != config.context_dim:
+        if name.endswith("attn2.to_k.weight") and width != config.context_dim:
             refuse_other_context(width, source)
 
 

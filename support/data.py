@@ -20,7 +20,7 @@ from typing import BinaryIO
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
@@ -39,7 +39,7 @@ from support.captions import (
 from support.cli import BadInput, one_line, require
 from support.distributed import barrier, print_once, rank, world_size
 from support.files import save_tensors, sync
-from support.images import to_rgb
+from support.images import fit
 
 WORKERS = 4             # processes that decode images for one GPU; 4 decode some 300 a second
 MAX_BYTES = 2**28       # of an image's file; what is larger is no image that anyone trains on
@@ -53,8 +53,7 @@ def square(file: BinaryIO, size: int) -> Tensor:
     """(3, size, size) uint8: upright, on white, the middle cut out and resized."""
     image = Image.open(file)
     image.draft(None, (2 * size, 2 * size))               # a large JPEG need not be read in full
-    image = ImageOps.fit(to_rgb(image), (size, size), Image.Resampling.LANCZOS)
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+    return fit(image, size, size)
 
 
 def read_image(example: Example, size: int) -> Tensor:

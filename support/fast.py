@@ -14,7 +14,8 @@ from collections.abc import Callable, Container
 import torch
 from torch import Tensor, nn
 
-from ppdd import SAMPLERS, SeeingGuide, TinyGuide, cfg, step_grid
+from meng import Sampler, Student
+from ppdd import SAMPLERS, SeeingGuide, TinyGuide, alpha_sigma, cfg, step_grid
 from support.capture import captured
 from support.cli import BadInput
 from unet import Attention, Encoder, ResBlock, TransformerBlock, UNet
@@ -24,27 +25,35 @@ from unet import Attention, Encoder, ResBlock, TransformerBlock, UNet
 
 @torch.no_grad()
 def sample(unet: UNet, z: Tensor, c: Tensor, g: float, steps: int, guide: nn.Module | None = None,
-           empty: Tensor | None = None, sampler: str = "ddim",
+           empty: Tensor | None = None, sampler: str | Sampler = "ddim",
            progress: Callable[[], object] = lambda: None,
            step: Callable[..., Tensor] | None = None, grid: list[int] | None = None,
            guided: Container[int] | None = None) -> Tensor:
     """As `ppdd.sample`; CFG's two passes are one batch of 2 B. step is what to call at each step,
-    by default `predict_step`, on a GPU recorded as a CUDA graph. grid is the N + 1 timesteps, by
-    default `step_grid`'s; guided the steps, from 0, in which CFG guides, by default all.
+    by default `predict_step`, on a GPU recorded as a CUDA graph. sampler may be any function
+    of (predict, z, grid). grid is the N + 1 timesteps, by default `step_grid`'s; guided the steps,
+    from 0, in which CFG guides, by default all. A guide may be a student: it then takes the UNet's
+    place, as in `meng.sample`.
 
     From here on the networks accept what was computed beforehand; otherwise they stay as they are.
     """
     step = step or captured(predict_step, z.device)
     grid = grid or step_grid(steps)
     twice = guide is None and empty is not None
-    times = torch.tensor(grid[:-1], device=z.device)
-    embs = unet.embed_time(times)                                             # (N, E)
+    starts = [max(t, 0) for t in grid[:-1]]       # upwards, as in `meng.invert`, −1 comes first
+    times = torch.tensor(starts, device=z.device)
     guidance = torch.full((1,), g, dtype=torch.float32, device=z.device)
+    if isinstance(guide, Student):
+        unet, guide = guide, None
+        embs = unet.embed(times, guidance)                                    # (N, E)
+        known = [*zip(*alpha_sigma(times))]             # for ε̂, where it predicts v
+    else:
+        embs = unet.embed_time(times)                                         # (N, E)
+        known = [()] * len(times)
     shifts, prompt = precompute(unet, embs, torch.cat([c, empty]) if twice else c)
-    known = [()] * steps
     if guide is not None:
         known = precompute_guide(guide, guidance, embs, times, c, z)
-    place = {t: i for i, t in enumerate(grid)}
+    place = {t: i for i, t in enumerate(starts)}
 
     def predict(z: Tensor, t: int) -> Tensor:
         progress()
@@ -53,17 +62,17 @@ def sample(unet: UNet, z: Tensor, c: Tensor, g: float, steps: int, guide: nn.Mod
             return step(unet, z, shifts[i], prompt, guidance, twice, guide, *known[i])
         return step(unet, z, shifts[i], prompt[:len(z)], guidance, False)
 
-    return SAMPLERS[sampler](predict, z, grid)
+    return SAMPLERS.get(sampler, sampler)(predict, z, grid)
 
 
 def predict_step(unet: UNet, z: Tensor, shifts: Tensor, prompt: Tensor, g: Tensor, twice: bool,
                  guide: nn.Module | None = None, *known: Tensor) -> Tensor:
     """ε̂ (B, Z, H, W), float32, at one step of a run, from what was computed before it.
 
-    shifts (S,) and prompt (B, L, P) are `precompute`'s, known is `precompute_guide`'s. With a guide
-    Eq. 4; twice is Eq. 3, both passes as one batch, and prompt is then of 2 B prompts. g (1,) is a
-    tensor and nothing here waits for the device, so that a compiled or recorded step serves any g,
-    prompt and noise of the same shape.
+    shifts (S,) and prompt (B, L, P) are `precompute`'s, known is `precompute_guide`'s, or α and σ
+    where unet is a student. With a guide Eq. 4; twice is Eq. 3, both passes as one batch, and
+    prompt is then of 2 B prompts. g (1,) is a tensor and nothing here waits for the device, so that
+    a compiled or recorded step serves any g, prompt and noise of the same shape.
     """
     emb, c = by_layer(unet, shifts, prompt)
     features = unet.encode(torch.cat([z, z]) if twice else z, emb, c)
@@ -76,6 +85,8 @@ def predict_step(unet: UNet, z: Tensor, shifts: Tensor, prompt: Tensor, g: Tenso
         own_shifts, own_prompt, hint = known
         residuals = guide.control(z, *by_layer(guide, own_shifts, own_prompt), hint)
     eps = unet.decode(features, emb, c, residuals).float()
+    if isinstance(unet, Student):
+        return unet.eps_of(eps, z, *known)
     return cfg(*eps.chunk(2), g) if twice else eps
 
 

@@ -1,4 +1,7 @@
-"""Guides in files: written, read, found, and handed to other tools."""
+"""Guides in files: written, read, found, and handed to other tools.
+
+A student of Meng et al., a whole UNet, is kept, found and used as a guide of the kind "whole".
+"""
 
 from __future__ import annotations
 
@@ -13,20 +16,24 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from ppdd import TIMESTEPS, FullGuide, GuideConfig, SeeingGuide, TinyGuide, build_guide
-from support.base import MINI, Base, to_channels_last
+import meng
+import ppdd
+from meng import Student, StudentConfig
+from ppdd import TIMESTEPS, FullGuide, GuideConfig, SeeingGuide, TinyGuide
+from support.base import MINI, Base, find_weights, to_channels_last
 from support.checkpoint import (
     CheckpointError,
     StateDictMismatch,
     build_on_meta,
     folder_name,
     load_strict,
+    load_unet,
     read_config,
     read_tensors,
 )
 from support.cli import BadInput
 from support.files import expand, files_in, save_tensors, write_text
-from unet import UNetConfig, folder_names
+from unet import KEY_PREFIX, UNetConfig, folder_names
 
 # A guide of stage one serves any schedule. The first halving starts from it on 64 steps, so where
 # guides are compared by their number of steps it counts as one for 64.
@@ -37,7 +44,7 @@ BUNDLED = MINI.parent / "guides"
 class GuideFile(NamedTuple):
     """What a guide's file says of itself."""
 
-    config: GuideConfig
+    config: GuideConfig | StudentConfig
     about: dict                         # base, base_hash, steps, g_range, updates, settings, …
     base_config: UNetConfig | None      # of the base it was trained for; None in the oldest files
 
@@ -55,10 +62,18 @@ class GuideFile(NamedTuple):
 # ------------------------------------------------------------------------------- files
 
 
-def save_guide(path: Path, guide: nn.Module, config: GuideConfig, about: dict) -> None:
+def build_guide(base: UNetConfig, config: GuideConfig | StudentConfig) -> nn.Module:
+    """A fresh guide or student, for a base of this shape."""
+    build = Student if isinstance(config, StudentConfig) else ppdd.build_guide
+    return build(base, config)
+
+
+def save_guide(path: Path, guide: nn.Module, config: GuideConfig | StudentConfig,
+               about: dict) -> None:
     """fp16 safetensors; metadata `guide` (its configuration), `about` (base, stage, …) and
-    `unet_config` (the base's shape)."""
-    tensors = {k: v.half() for k, v in guide.state_dict().items()}
+    `unet_config` (the base's shape). A student's names are those of a UNet in an official file."""
+    prefix = KEY_PREFIX if isinstance(guide, Student) else ""
+    tensors = {prefix + k: v.half() for k, v in guide.state_dict().items()}
     metadata = {"guide": asdict(config), "about": about, "unet_config": asdict(guide.config)}
     save_tensors(path, tensors, {key: json.dumps(value) for key, value in metadata.items()})
 
@@ -69,7 +84,8 @@ def read_guide(path: str | Path) -> GuideFile:
     try:
         values = json.loads(metadata["guide"])
         pool = values.pop("pool", "attention")          # named by older files
-        config = read_config(GuideConfig, json.dumps(values), path)
+        kind = StudentConfig if values.get("kind") == "whole" else GuideConfig
+        config = read_config(kind, json.dumps(values), path)
         about = json.loads(metadata["about"])
         low, high = about.get("g_range") or (0, 1)
         counts = [about.get("updates"), *((about.get(part) or {}).get(k) for part, k in (
@@ -101,6 +117,7 @@ def load_guide(path: Path, base: UNetConfig, dtype: torch.dtype = torch.float32,
         sizes = ", ".join(f"{k} {there[k]} and not {here[k]}" for k in here if there[k] != here[k])
         raise CheckpointError(f"{path} was trained for a base of another size ({sizes}): {advice}")
     tensors, _ = read_tensors(path)
+    tensors = {name.removeprefix(KEY_PREFIX): tensor for name, tensor in tensors.items()}
     guide = build_on_meta(lambda: build_guide(base, config), path).to(dtype)
     try:
         load_strict(guide, tensors, path, device)
@@ -109,13 +126,27 @@ def load_guide(path: Path, base: UNetConfig, dtype: torch.dtype = torch.float32,
     return to_channels_last(guide).eval().requires_grad_(False)
 
 
+def transplant(path: Path, original: str | Path, base: Base) -> Student:
+    """The student in a file, moved from the base it was distilled on to this one.
+
+    Raises BadInput where that original has other sizes, CheckpointError as `load_guide`.
+    """
+    student = load_guide(path, base.unet.config, device=base.device)    # float32: it is subtracted
+    unet = load_unet(find_weights(original), device=base.device)
+    if unet.config != student.config:
+        raise BadInput(f"--transplant {original}: its UNet has other sizes than that of {path}, so "
+                       "it can't be the base that this was distilled on")
+    return meng.transplant(student, unet, base.unet).to(base.unet.dtype)
+
+
 def fits(path: Path, base: UNetConfig) -> bool:
     """Whether a guide's tensors have the shapes that this base asks for; no weights are read."""
     try:
         config, _, shape = read_guide(path)
         guide = build_on_meta(lambda: build_guide(base, config), path)
         with safe_open(path, framework="pt") as opened:
-            shapes = {name: opened.get_slice(name).get_shape() for name in opened.keys()}
+            shapes = {name.removeprefix(KEY_PREFIX): opened.get_slice(name).get_shape()
+                      for name in opened.keys()}
     except CheckpointError:
         return False
     return shape in (None, base) and shapes == {
@@ -126,8 +157,8 @@ def fits(path: Path, base: UNetConfig) -> bool:
 
 
 def find_guide(base: Base, kind: str, steps: int, folder: str = "") -> Path | None:
-    """The most suitable guide of a kind, tiny or full, or of a form, that fits the base; None where
-    none does.
+    """The most suitable guide of a kind, tiny, full or whole, or of a form, that fits the base;
+    None where none does.
 
     `folder` comes before guides/BASE, and that before guides of other bases and the bundled ones.
     Then come the base's own, those distilled for about so many steps, and those of the paper's
@@ -140,11 +171,12 @@ def find_guide(base: Base, kind: str, steps: int, folder: str = "") -> Path | No
         except CheckpointError:
             continue                                    # another file that lies there
         low, high = file.about.get("g_range") or (0, 1)
-        wanted = kind in (file.config.kind, file.config.form)
+        form = getattr(file.config, "form", "sum")      # a student has none
+        wanted = kind in (file.config.kind, form)
         if wanted and low < high and not (file.trial and pool):
             distance = abs(math.log(steps / file.steps))
             ranked.append((pool, file.about.get("base") != base.name, distance,
-                           file.config.form != "sum", path))
+                           form != "sum", path))
     return next((path for *_, path in sorted(ranked) if fits(path, base.unet.config)), None)
 
 
@@ -174,8 +206,9 @@ def guide_path(base: Base, name: str) -> Path:
     raise BadInput(f"there is no {places[0]}{trial}: train.py makes guides")
 
 
-def describe_guide(path: Path, about: dict, base: Base) -> str:
-    """A line on which guide is used, for what it was made, how long, and on which base."""
+def describe_guide(path: Path, about: dict, base: Base, original: str = "") -> str:
+    """A line on which guide is used, for what it was made, how long, and on which base; original is
+    the base that a student was moved from."""
     steps, made_on = about.get("steps"), about.get("base")
     parts = [f"guide: {path}, distilled on {made_on} for {steps or 'any'} steps"]
     if updates := _updates_in_words(about):
@@ -183,7 +216,10 @@ def describe_guide(path: Path, about: dict, base: Base) -> str:
     if limit := GuideFile(GuideConfig(), about, None).trial:
         parts.append(f"a trial of at most {limit} a stage")
     if made_on != base.name:
-        parts.append(f"plugged into {base.name} as it is")
+        is_student = (about.get("settings") or {}).get("guide") == "whole"
+        parts.append(f"plugged into {base.name} as it is" if not is_student else
+                     f"moved by its difference from {original} to {base.name}" if original else
+                     f"a UNet of its own: that of {base.name} is not used")
     if about.get("uncond"):
         parts.append(f"away from {about['uncond']!r}")
     return ", ".join(parts)
@@ -193,8 +229,11 @@ def doubts_about(path: Path, file: GuideFile, g: float, steps: int, sampler: str
     """Why a guide may not do well with these settings, a line a reason."""
     low, high = file.about.get("g_range") or (g, g)
     halved_to = file.about.get("steps") or 0                # 0: of stage one, for any number
+    given, as_long = f"{steps}", steps
+    if sampler == "stochastic":
+        given, as_long = f"{steps} stochastic ones, of twice the length,", steps / 2
     reasons = ((not low <= g <= high, f"was trained for g from {low:g} to {high:g}"),
-               (steps < halved_to, f"was distilled for {halved_to} steps; {steps} are fewer"),
+               (as_long < halved_to, f"was distilled for {halved_to} steps; {given} are fewer"),
                (halved_to and sampler == "plms", "was distilled for DDIM's steps, not for PLMS"))
     return [f"{path.stem} {reason}" for holds, reason in reasons if holds]
 

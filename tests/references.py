@@ -89,3 +89,42 @@ def reference_text_encoder(config: TextConfig):
 def text_weights(model) -> dict[str, torch.Tensor]:
     """Its weights, named as in `TextEncoder`, whichever version of transformers made it."""
     return {k.removeprefix(INNER_PREFIX): v.contiguous() for k, v in model.state_dict().items()}
+
+
+@pytest.fixture
+def tokenizer(tmp_path):
+    tokenizer = reference_tokenizer(tmp_path / "vocabulary")
+    tokenizer.model_max_length = 77
+    return tokenizer
+
+
+def diffusers_pipeline(file: Path, folder: Path, tokenizer, configs: tuple):
+    """diffusers' text-to-image pipeline of a single file, with its configurations offline."""
+    from diffusers import (
+        AutoencoderKL,
+        DDIMScheduler,
+        StableDiffusionPipeline,
+        UNet2DConditionModel,
+    )
+    from transformers import CLIPTextConfig
+    unet, vae, text = configs
+    with torch.device("meta"):
+        diffusers_unet(unet).save_config(folder / "unet")
+        diffusers_vae(vae).save_config(folder / "vae")
+    CLIPTextConfig(
+        hidden_size=text.width, intermediate_size=4 * text.width, num_hidden_layers=text.layers,
+        num_attention_heads=text.heads, bos_token_id=49406, eos_token_id=49407,
+    ).save_pretrained(folder / "text_encoder")
+    tokenizer.save_pretrained(folder / "tokenizer")
+    scheduler = DDIMScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False,
+        set_alpha_to_one=True, timestep_spacing="trailing", steps_offset=1)
+    scheduler.save_pretrained(folder / "scheduler")
+    parts = {"vae": AutoencoderKL, "unet": UNet2DConditionModel, "scheduler": DDIMScheduler}
+    index = {name: ["diffusers", part.__name__] for name, part in parts.items()} | {
+        "_class_name": "StableDiffusionPipeline", "text_encoder": ["transformers", "CLIPTextModel"],
+        "tokenizer": ["transformers", "CLIPTokenizer"], "safety_checker": [None, None],
+        "feature_extractor": [None, None], "requires_safety_checker": False}
+    (folder / "model_index.json").write_text(json.dumps(index))
+    return StableDiffusionPipeline.from_single_file(
+        file, config=str(folder), local_files_only=True, safety_checker=None)

@@ -11,7 +11,9 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from ppdd import GuideConfig, build_guide
+from meng import StudentConfig
+from ppdd import GuideConfig
+from support.guides import build_guide
 from unet import UNet, UNetConfig
 
 SMALL = UNetConfig(model_channels=16, channel_mult=(1, 2), num_res_blocks=1, attention=(True, True),
@@ -22,6 +24,7 @@ TINY = [*BLIND, SEEING]
 FULL = GuideConfig("full", hint=8)      # as narrow as the default, 1, random weights lose g
 KINDS = [GuideConfig("tiny"), SEEING, FULL]
 ALL = [*TINY, FULL]
+STUDENTS = [StudentConfig(), StudentConfig(prediction="v")]
 
 
 def name_of(config: GuideConfig) -> str:
@@ -29,6 +32,7 @@ def name_of(config: GuideConfig) -> str:
 
 
 each_kind = pytest.mark.parametrize("config", KINDS, ids=name_of)
+each_student = pytest.mark.parametrize("config", STUDENTS, ids=lambda config: config.prediction)
 each_guide = pytest.mark.parametrize("config", ALL, ids=name_of)
 
 
@@ -44,12 +48,12 @@ def batch() -> tuple[Tensor, ...]:
             noise(1, 77, 24, seed=3).expand(3, -1, -1), torch.tensor([2.0, 5.0, 9.0]))
 
 
-def trained(config: GuideConfig, seed: int = 4) -> nn.Module:
-    """A guide no weight of which is zero, as one that has learned something."""
+def trained(config: GuideConfig | StudentConfig, seed: int = 4) -> nn.Module:
+    """A guide or student no weight of which is zero, as one that has learned something."""
     return randomised(lambda: build_guide(SMALL, config), seed)
 
 
-def fresh(unet: UNet, config: GuideConfig) -> nn.Module:
+def fresh(unet: UNet, config: GuideConfig | StudentConfig) -> nn.Module:
     guide = build_guide(SMALL, config)
     guide.start_from(unet)
     return guide

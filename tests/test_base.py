@@ -75,6 +75,23 @@ def test_an_image_that_overflows_is_decoded_again():
     assert torch.equal(images, ((z[:, :3] + 1) * 127.5).round().byte())
 
 
+def test_an_image_that_overflows_is_encoded_again():
+    class Loud(VAE):
+        def encode(self, x):
+            self.dtypes.append(x.dtype)
+            return (x.mean(1, keepdim=True)[..., ::8, ::8] * 4e4 * 9 / 36e4).expand(-1, 8, -1, -1)
+
+    vae = randomised(lambda: Loud(TOY_VAE)).half()
+    vae.dtypes = []
+    x = noise(3, 3, 16, 16)
+    x[1] *= 1e-3
+    z = Base(None, vae, None, None, Path()).encode(x, 0)
+    assert z.dtype == torch.float32 and next(vae.parameters()).dtype == torch.float16
+    assert vae.dtypes == [torch.float16, torch.float32]
+    expected = vae.config.scale_factor * x.mean(1, keepdim=True)[..., ::8, ::8]
+    assert torch.allclose(z, expected.expand(-1, 4, -1, -1), rtol=1e-2, atol=1e-3)
+
+
 class Counting(nn.Module):
     """Decodes every latent to grey, and notes how many at once."""
 

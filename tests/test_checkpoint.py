@@ -525,7 +525,6 @@ WRONG_TENSORS = {
         "conditioner.embedders.0.x": torch.ones(1), PREFIX + "out.0.bias": torch.ones(320)},
     "Stable Diffusion 2: pass": {
         PREFIX + "input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight": torch.ones(320, 1024)},
-    "an inpainting model": {PREFIX + "input_blocks.0.0.weight": torch.ones(320, 9, 3, 3)},
     "a LoRA": {"lora_unet_down_blocks_0_attentions_0_proj_in.lora_down.weight": torch.ones(1)},
     "a ControlNet": {"control_model.input_hint_block.0.weight": torch.ones(1)},
     "holds no UNet": {"first_stage_model.encoder.conv_in.weight": torch.ones(1)},

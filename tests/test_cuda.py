@@ -246,6 +246,7 @@ def weights_after(run, updates):
 
 @pytest.mark.parametrize("more", [
     (), ("--guide", "full"), ("--optimizer", "muon", "--trajectories", "0.5"),
+    ("--guide", "whole", "--checkpointing", "--trajectories", "0.5"),
     ("--accumulate", "2"), ("--form", "gated", "--loss", "root-snr", "--dtype", "bf16")])
 def test_a_recorded_update_equals_one_that_is_not(toy_base, here, monkeypatch, recordings, more):
     eager = weights_after(trainer(toy_base, "--run", "a", *more), 6)

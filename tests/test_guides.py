@@ -21,7 +21,7 @@ from PIL import Image
 from references import with_our_weights
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from small import FULL, SEEING, SMALL, each_guide, each_kind, guided, trained
+from small import ALL, FULL, KINDS, SEEING, SMALL, STUDENTS, guided, trained
 from toys import DEEP, UNET, here, refusal, toys, write_guide  # noqa: F401 (fixtures)
 
 import ppdd
@@ -43,12 +43,12 @@ from support.guides import (
     save_controlnet,
     save_guide,
 )
-from unet import UNet, UNetConfig
+from unet import KEY_PREFIX, UNet, UNetConfig
 
 # ------------------------------------------------------------------------------- files
 
 
-@each_guide
+@pytest.mark.parametrize("config", [*ALL, *STUDENTS], ids=str)
 def test_a_guide_comes_back_from_its_file(tmp_path, config):
     guide, about = trained(config), {"base": "mini", "stage": "cfg", "g_range": [2, 9]}
     save_guide(tmp_path / "new" / "guide.safetensors", guide, config, about)
@@ -69,7 +69,7 @@ def metadata_of(path: Path) -> dict[str, str]:
         return opened.metadata()
 
 
-@each_kind
+@pytest.mark.parametrize("config", [*KINDS, *STUDENTS], ids=str)
 def test_a_guide_for_another_base_is_refused_with_both_shapes(tmp_path, config):
     path = tmp_path / "guide.safetensors"
     save_guide(path, trained(config), config, {})
@@ -84,6 +84,20 @@ def test_a_guide_for_another_base_is_refused_with_both_shapes(tmp_path, config):
     assert load_guide(path, SMALL).guide_config.kind == config.kind
     with pytest.raises(CheckpointError, match="another size: use it"):
         load_guide(path, other)
+
+
+def test_a_student_is_a_unet_of_an_official_file_and_what_embeds_g(tmp_path):
+    path = tmp_path / "whole.safetensors"
+    save_guide(path, trained(STUDENTS[1]), STUDENTS[1], {})
+    with torch.device("meta"):
+        names = {KEY_PREFIX + name for name in UNet(SMALL).state_dict()}
+    extra = {f"{KEY_PREFIX}g_embed.{i}.{part}" for i in (0, 2) for part in ("weight", "bias")}
+    assert {*load_file(path)} == names | extra
+    assert guides.fits(path, SMALL) and not guides.fits(path, UNET)
+    metadata = metadata_of(path) | {"guide": '{"kind": "whole", "prediction": "x"}'}
+    save_file(load_file(path), path, metadata)
+    with pytest.raises(CheckpointError, match="make no network .prediction is 'x': use eps or v"):
+        load_guide(path, SMALL)
 
 
 @pytest.mark.parametrize("pool, read", [("attention", True), ("mean", False), ("end", False)])
@@ -153,6 +167,8 @@ def test_the_guide_taken_is_of_the_kind_the_shape_and_about_the_steps(here):
         for steps, suffix in ((1, "-8"), (11, "-8"), (12, "-16"), (45, "-32"), (46, ""), (999, "")):
             assert find_guide(base, kind, steps) == Path(f"guides/toy/{kind}{suffix}.safetensors")
     assert find_guide(base_of(DEEP, "deep"), "tiny", 8) is None
+    student = write_guide(Path("mine/whole-8.safetensors"), UNET, "whole", 8)
+    assert find_guide(base, "whole", 8, "mine") == student and not find_guide(base, "whole", 8)
 
 
 def test_the_folder_given_comes_before_the_base_s_own_and_that_before_others(here):
@@ -214,6 +230,8 @@ def test_a_line_says_which_guide_is_used():
     line = describe_guide(path, {"base": "toy", "steps": 8, "uncond": "dull"}, base)
     assert line == (f"guide: {path}, distilled on toy for 8 steps, plugged into styled.safetensors "
                     "as it is, away from 'dull'")
+    line = describe_guide(path, {"base": "toy", "steps": 8, "settings": {"guide": "whole"}}, base)
+    assert line.endswith("for 8 steps, a UNet of its own: that of styled.safetensors is not used")
     start = f"guide: {path}, distilled on styled.safetensors for"
     first, settings = {"base": base.name, "updates": 6000}, {"updates": 50, "max_updates": 50}
     for about, rest in (

@@ -19,10 +19,9 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 NETWORKS = ("unet", "vae", "clip_text")
 SUPPORT = ("startup", "cli", "machine", "files", "distributed", "configs", "checkpoint", "lora",
-           "group_norm", "capture", "base", "guides", "fast", "images", "captions", "data", "muon",
-           "batches", "training_state")
-SCRIPTS = ("train", "sample", "eval", "mini.train", "mini.check", "mini.study",
-           "mini.tune")
+           "group_norm", "capture", "base", "guides", "fast", "images", "captions", "data",
+           "editing", "muon", "batches", "training_state")
+SCRIPTS = ("train", "sample", "eval", "mini.train", "mini.check", "mini.study", "mini.tune")
 LAYERS = {"unet": 0, "vae": 0, "clip_text": 0, "ppdd": 1, "meng": 2, "support": 3, "mini": 4,
           "evaluation": 5}
 SCRIPT_LAYER = 6

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from references import diffusers_unet, diffusers_vae, reference_tokenizer
+from references import diffusers_pipeline, tokenizer  # noqa: F401 (a fixture)
 from safetensors.torch import save_file
 from torch._dynamo.testing import CompileCounter
 from torch._inductor.exc import InvalidCxxCompiler
@@ -343,12 +343,47 @@ def test_a_trained_negative_prompt_is_printed(here, capsys):
     assert "away from 'dull'" in capsys.readouterr().out
 
 
+def test_a_student_samples_in_place_of_the_base_s_unet(here, toys, capsys):
+    """What it paints does not depend on the UNet of the base."""
+    about = {"settings": {"guide": "whole"}}
+    student = write_guide(here / "mine/whole-8.safetensors", UNET, "whole", 8, **about)
+    images = command("--steps 2 --guides mine --guide whole --prompt tree --n 2")
+    assert len(images) == 2 and "distilled on toy for 8 steps" in capsys.readouterr().out
+    again = command(f"--steps 2 --guide {student} --prompt tree")[-1]
+    assert difference(images[0], again) == 0
+    other = command(f"--steps 2 --guide {student} --prompt tree --g 3")[-1]
+    assert difference(images[0], other) > 0
+    assert difference(images[0], command("--steps 2 --guide none --prompt tree")[-1]) > 0
+
+
+def test_a_student_is_moved_to_another_base(here, toys, capsys):
+    """To its own it is moved as it is; to another, by its difference from what it came from."""
+    line = f"--steps 2 --prompt tree --guide {here}/mine.safetensors --weights"
+    write_guide(here / "mine.safetensors", UNET, "whole", 8, settings={"guide": "whole"})
+    other = write_base(here / "other.safetensors", UNET, VAE_CONFIG, TEXT, torch.float32, seed=7)
+    toy, deep = f"{toys}/toy.safetensors", f"{toys}/deep.safetensors"
+    plain = command(f"{line} {toy}")[-1]
+    assert difference(plain, command(f"{line} {toy} --transplant {toy}")[-1]) <= 1
+    capsys.readouterr()
+    own = command(f"{line} {other}")[-1]
+    assert "a UNet of its own: that of other is not used" in capsys.readouterr().out
+    moved = command(f"{line} {other} --transplant {toy}")[-1]
+    assert f"moved by its difference from {toy} to other" in capsys.readouterr().out
+    assert difference(own, moved) > 0
+    words = [*line.split(), toy, "--transplant"]
+    assert "has other sizes than that of" in refusal(capsys, *words, deep)
+    tiny = ("--guide", "tiny", "--transplant", toy)
+    assert "works on other bases as it is" in refusal(capsys, "--prompt", "tree", *tiny)
+
+
 # ----------------------------------------------------------------------- the comparison
 
 def test_a_comparison(here):
-    assert command("--compare --steps 2 --prompt tree boat") == []
+    for kind, form in (("tiny", "seeing"), ("whole", "sum")):
+        write_guide(here / f"mine/{kind}.safetensors", UNET, kind, 8, form=form)
+    assert command("--compare --steps 2 --prompt tree boat --guides mine") == []
     sheet = Image.open("out/compare.png")
-    assert sheet.width == 200 + 4 * 267 + 11 and sheet.height > 104 + 2 * 267
+    assert sheet.width == 200 + len(sample.METHODS) * 267 + 11 and sheet.height > 104 + 2 * 267
     assert list(json.loads(sheet.text["milliseconds"])) == list(sample.METHODS.values())
     command("--steps 2 --guide cfg --prompt tree boat")
     parameters = sheet.text["parameters"].split("\n")
@@ -363,7 +398,7 @@ def test_a_comparison(here):
 def test_a_comparison_shows_five_examples_and_honours_n(here, capsys):
     command("--compare --steps 1 --guide full")
     command("--compare --steps 1 --n 2 --prompt tree --seed 3")
-    assert capsys.readouterr().err.count("--guide full is ignored: --compare shows all four") == 1
+    assert capsys.readouterr().err.count("--guide full is ignored: --compare shows every") == 1
     config = sample.Config(**json.loads(Image.open("out/compare.png").text["ppdd"]))
     assert tuple(config.prompt) == mini.EXAMPLES[:5]
     two, [image] = Image.open("out/compare-2.png"), command("--steps 1 --seed 4 --prompt tree")
@@ -399,7 +434,8 @@ def test_a_comparison_without_a_guide_and_with_a_named_one(here, capsys):
     write_guide(here / "mine.safetensors", UNET, "tiny", 8)
     command("--compare --steps 1 --prompt tree --guide mine.safetensors")
     printed = capsys.readouterr().out
-    assert printed.count("a column is left out") == 2 and "train.py --guide full" in printed
+    assert printed.count("a column is left out") == 4
+    assert all(f"train.py --guide {kind}" in printed for kind in ("full", "whole"))
     times = json.loads(Image.open("out/compare.png").text["milliseconds"])
     assert list(times) == ["no guidance", "CFG", "mine"]
 
@@ -548,35 +584,8 @@ def test_starting_imports_nothing_big_but_torch(here):
 # ----------------------------------------------------------------------- diffusers' own pipeline
 
 def their_image(file: Path, folder: Path, tokenizer, configs: tuple, side: int) -> np.ndarray:
-    """The image that diffusers makes of the same single file, with its configurations offline."""
-    from diffusers import (
-        AutoencoderKL,
-        DDIMScheduler,
-        StableDiffusionPipeline,
-        UNet2DConditionModel,
-    )
-    from transformers import CLIPTextConfig
-    unet, vae, text = configs
-    with torch.device("meta"):
-        diffusers_unet(unet).save_config(folder / "unet")
-        diffusers_vae(vae).save_config(folder / "vae")
-    CLIPTextConfig(
-        hidden_size=text.width, intermediate_size=4 * text.width, num_hidden_layers=text.layers,
-        num_attention_heads=text.heads, bos_token_id=49406, eos_token_id=49407,
-    ).save_pretrained(folder / "text_encoder")
-    tokenizer.save_pretrained(folder / "tokenizer")
-    scheduler = DDIMScheduler(
-        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False,
-        set_alpha_to_one=True, timestep_spacing="trailing", steps_offset=1)
-    scheduler.save_pretrained(folder / "scheduler")
-    parts = {"vae": AutoencoderKL, "unet": UNet2DConditionModel, "scheduler": DDIMScheduler}
-    index = {name: ["diffusers", part.__name__] for name, part in parts.items()} | {
-        "_class_name": "StableDiffusionPipeline", "text_encoder": ["transformers", "CLIPTextModel"],
-        "tokenizer": ["transformers", "CLIPTokenizer"], "safety_checker": [None, None],
-        "feature_extractor": [None, None], "requires_safety_checker": False}
-    (folder / "model_index.json").write_text(json.dumps(index))
-    pipe = StableDiffusionPipeline.from_single_file(
-        file, config=str(folder), local_files_only=True, safety_checker=None)
+    """The image that diffusers makes of the same single file."""
+    pipe = diffusers_pipeline(file, folder, tokenizer, configs)
     image = pipe("a big red boat on the sea", num_inference_steps=2, guidance_scale=7.5, width=side,
                  height=side, generator=torch.Generator().manual_seed(3)).images[0]
     return np.asarray(image).astype(int)
@@ -596,13 +605,6 @@ def check_parity(file: Path, tmp_path: Path, tokenizer, configs: tuple, side: in
     assert ours.std() > 20 and (abs(ours - 127.5) < 127).mean() > 0.5      # an image, not a blot
     print("largest difference", abs(ours - theirs).max(), "mean", abs(ours - theirs).mean())
     assert abs(ours - theirs).max() <= 2
-
-
-@pytest.fixture
-def tokenizer(tmp_path):
-    tokenizer = reference_tokenizer(tmp_path / "vocabulary")
-    tokenizer.model_max_length = 77
-    return tokenizer
 
 
 def test_small_parity(here, tmp_path, tokenizer):

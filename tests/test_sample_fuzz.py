@@ -16,7 +16,7 @@ from toys import ABSURD, command, difference, here, refusal, toys  # noqa: F401 
 
 import sample
 from support.captions import read_prompts
-from support.cli import one_line
+from support.cli import flag_of, one_line
 
 SMALL = "--steps 1 --size 16 --guide none --n 1"
 
@@ -86,8 +86,9 @@ def test_any_file_of_prompts(here, capsys, data, prompts):
 
 # ----------------------------------------------------------------------------------------- flags
 
-FLAGS = [f.name for f in fields(sample.Config) if f.name not in ("prompt", "negative")]
-NAMES_ONLY = ("guide", "sampler", "dtype", "compile", "compare")     # no value of ABSURD is right
+FLAGS = [flag_of(f.name)[2:] for f in fields(sample.Config) if f.name not in ("prompt", "negative")]
+# No value of ABSURD is right for these.
+NAMES_ONLY = ("guide", "sampler", "dtype", "compile", "compare", "invert")
 SLOW = {("n", "1_000"), ("steps", "1_000")}                      # right, and thousands of images
 
 
@@ -122,7 +123,7 @@ def test_absurd_values_of_every_flag(here, capsys, monkeypatch, flag):
 
 
 def test_random_command_lines(here, capsys):
-    rng, flags = random.Random(0), [*FLAGS, "prompt", "negative", "nonsense", "st"]
+    rng, flags = random.Random(1), [*FLAGS, "prompt", "negative", "nonsense", "st"]
     refused = 0
     for _ in range(100):
         argv = []
@@ -139,9 +140,9 @@ def test_help(here, capsys):
         sample.main(["--help"])
     assert exit.value.code == 0
     message = capsys.readouterr().out
-    assert all(f"--{f.name}" in message for f in fields(sample.Config))
+    assert all(flag_of(f.name) in message for f in fields(sample.Config))
     assert all(f"\n{group}:\n" in message
-               for group in ("what to draw", "base and guide", "output", "machine"))
+               for group in ("what to draw", "what to edit", "base and guide", "output", "machine"))
 
 
 def test_a_lack_of_memory_is_reported(here, capsys, monkeypatch):

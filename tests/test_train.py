@@ -31,14 +31,23 @@ from train_helpers import (
 
 import ppdd
 import train
+from meng import StudentConfig
 from mini.dataset import Postcards
 from ppdd import GuideConfig
 from support.base import load_base
 from support.cli import BadInput
 from support.data import CaptionedImages
 from support.files import save_tensors, sha256
-from support.guides import BUNDLED, find_guide, guide_path, load_guide, read_guide
+from support.guides import (
+    BUNDLED,
+    build_guide,
+    find_guide,
+    guide_path,
+    load_guide,
+    read_guide,
+)
 from support.machine import math_attention
+from unet import Block
 
 # ------------------------------------------------------------------------------- the whole run
 
@@ -58,7 +67,7 @@ def test_one_command_leaves_a_guide_for_every_stage(toy_base, here, kind):
         assert any(p.any() for n, p in guide.named_parameters() if "z3" in n or "zero" in n)
 
 
-@pytest.mark.parametrize("kind", ["tiny", "full"])
+@pytest.mark.parametrize("kind", ["tiny", "full", "whole"])
 def test_training_moves_the_guide_and_no_weight_of_the_base(toy_base, here, kind):
     trainer = begin(toy_base, "--guide", kind, "--start-steps", "8", "--end-steps", "4")
     before = {k: v.clone() for k, v in trainer.guide.state_dict().items()}
@@ -111,6 +120,57 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(toy_base, here, m
     run(toy_base, *["--resume"] * saved, *more)
     assert_same_guides(guides(here), guides(here, "whole/toy"))
     assert log_entries(RUN / "log.jsonl") == log_entries(Path("whole-run/log.jsonl"))
+
+
+def test_a_student_is_trained_in_the_guides_stages_and_resumed_bit_for_bit(toy_base, here, capsys):
+    more = ("--guide", "whole", "--prediction", "v", "--stochastic", "--start-steps", 2,
+            "--end-steps", 1)
+    run(toy_base, "--out", "straight", "--run", "straight-run", "--grid-every", 5, *more)
+    assert len(list(Path("straight-run").glob("whole-v-*.png"))) == 2
+    begun = begin(toy_base, "--max-updates", 3, *more)
+    begun.train_step()
+    begun.train_step()
+    begun.save()
+    begun.folder.unlock()
+    run(toy_base, "--resume", *more)
+    assert set(guides(here)) == {"whole-v", "whole-v-1"}
+    assert_same_guides(guides(here), guides(here, "straight/toy"))
+    file, path = read_guide(GUIDES / "whole-v-1.safetensors"), GUIDES / "whole-v.safetensors"
+    assert file.config == StudentConfig(prediction="v") and file.about["settings"]["loss"] == "snr"
+    assert file.about["stage"] == file.about["steps"] == 1
+
+    halved = begin(toy_base, "--init", path, *more)
+    saved = load_guide(path, TOY_UNET).state_dict()
+    assert halved.stage == 1 and all(torch.equal(v, saved[k])
+                                     for k, v in halved.guide.state_dict().items())
+    halved.folder.unlock()
+    init = ("--init", path, "--end-steps", "32")
+    assert "--prediction that it" in refusal(capsys, flags(toy_base, *init, "--guide", "whole"))
+    for wrong, words in ((("--prediction", "v"), "is for --guide whole"),
+                         (("--guide", "whole", "--form", "gated"), "--form is of the tiny guide")):
+        assert words in refusal(capsys, flags(toy_base, *wrong))
+
+
+def test_the_stochastic_samplers_steps_start_at_odd_points_too(toy_base, here):
+    for more, steps in (((), 4), (("--stochastic",), 8)):
+        trainer = begin(toy_base, "--batch", 64, "--start-steps", 8, "--end-steps", 4, *more)
+        trainer.stage = 1
+        trainer.begin_stage()
+        t = trainer.batches.draw(trainer.batches.generator(0)).t
+        assert set(t.tolist()) == set(ppdd.step_grid(steps)[:-1])
+        trainer.folder.unlock()
+    with pytest.raises(BadInput, match="--stochastic is for noised images"):
+        begin(toy_base, "--stochastic", "--trajectories", 1)
+
+
+def test_a_run_from_before_a_setting_existed_is_resumed(toy_base, here):
+    begun = begin(toy_base, "--max-updates", 1)
+    state = begun.state()
+    del state["config"]["prediction"], state["config"]["stochastic"]
+    begun.state = lambda: state
+    begun.save()
+    begun.folder.unlock()
+    begin(toy_base, "--max-updates", 1, "--resume").folder.unlock()
 
 
 def test_a_fixed_g_goes_into_the_name_and_a_negative_prompt_into_the_target(toy_base, here):
@@ -357,6 +417,22 @@ def gradients(toy_base, *more):
 def test_parts_and_checkpointing_leave_the_gradient_as_it_is(toy_base, here, more):
     torch.testing.assert_close(gradients(toy_base, *more), gradients(toy_base), rtol=1e-4,
                                atol=1e-6)
+
+
+def test_a_student_computes_its_blocks_again_with_the_weights_it_was_lent(toy_base, here):
+    trainer = begin(toy_base, "--guide", "whole", "--checkpointing")
+    student, plain = trainer.guide, build_guide(TOY_UNET, StudentConfig())
+    plain.load_state_dict(student.state_dict())
+    args = noise(2, 4, 8, 8).double(), torch.tensor([9, 800]), noise(2, 77, 32).double()
+    blocks = [m for m in student.modules() if isinstance(m, Block)]
+    assert {type(block) for block in blocks} == {train.Recomputed}
+    for net in (student, plain):                        # in another dtype, as `run_guide` does it
+        weights = {k: p.double() for k, p in net.named_parameters()}
+        out = torch.func.functional_call(net, weights, (*args, torch.tensor([2.0, 8.0])))
+        out.square().mean().backward()
+    for (name, p), expected in zip(student.named_parameters(), plain.parameters()):
+        assert torch.equal(p.grad, expected.grad), name
+    assert student.out[2].weight.grad.any()
 
 
 @pytest.mark.parametrize("queries", [1, 16])

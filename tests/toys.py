@@ -14,11 +14,11 @@ from conftest import TOY_VAE as VAE_CONFIG
 from conftest import randomised, write_single_file
 from PIL import Image
 
-import ppdd
 import sample
 import support.base
 import support.guides
 from clip_text import TextConfig, TextEncoder
+from meng import StudentConfig
 from ppdd import GuideConfig
 from unet import UNet, UNetConfig
 from vae import VAE, VAEConfig
@@ -33,7 +33,8 @@ ABSURD = ["0", "-1", "1.5", "nan", "inf", "-inf", "1e9", "1e400", "9" * 20, "9" 
           ".safetensors", "a:b"]
 
 
-def write_base(path: Path, unet: UNetConfig, vae: VAEConfig, text: TextConfig, dtype) -> Path:
+def write_base(path: Path, unet: UNetConfig, vae: VAEConfig, text: TextConfig, dtype,
+               seed: int = 0) -> Path:
     """A random Stable Diffusion of these sizes, as an official single file."""
     encoder = "cond_stage_model.transformer.text_model."
     tensors = {encoder + "embeddings.position_ids": torch.arange(text.positions)[None]}
@@ -42,15 +43,15 @@ def write_base(path: Path, unet: UNetConfig, vae: VAEConfig, text: TextConfig, d
         state = randomised(build).state_dict()
         tensors |= {prefix + name: p.to(dtype).contiguous() for name, p in state.items()}
     metadata = {"unet_config": asdict(unet), "vae_config": asdict(vae), "text_config": asdict(text)}
-    return write_single_file(path, randomised(lambda: UNet(unet)), "model.diffusion_model.", dtype,
-                             metadata, **tensors)
+    network = randomised(lambda: UNet(unet), seed)
+    return write_single_file(path, network, "model.diffusion_model.", dtype, metadata, **tensors)
 
 
 def write_guide(path: Path, unet: UNetConfig, kind: str, steps: int, base: str = "toy",
                 g_range: tuple = (2, 9), form: str = "sum", **about) -> Path:
-    """A random guide that changes an image."""
-    config = GuideConfig(kind=kind, width=64, form=form)
-    guide = randomised(lambda: ppdd.build_guide(unet, config), seed=steps)
+    """A random guide that changes an image, or a random student, of the kind "whole"."""
+    config = StudentConfig() if kind == "whole" else GuideConfig(kind=kind, width=64, form=form)
+    guide = randomised(lambda: support.guides.build_guide(unet, config), seed=steps)
     about = {"base": base, "steps": steps, "g_range": g_range} | about
     support.guides.save_guide(path, guide, config, about)
     return path

@@ -1,0 +1,346 @@
+"""sample.py --image: image-to-image, inpainting, encoding; and parity with diffusers."""
+
+# ruff: noqa: F811 (the fixtures' names)
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import disagreement, noise
+from image_files import fill_folder, halves
+from PIL import Image
+from references import diffusers_pipeline, diffusers_unet, tokenizer  # noqa: F401 (fixtures)
+from safetensors.torch import save_file
+from test_sample import memory_gib
+from toys import (  # noqa: F401 (fixtures)
+    DEEP,
+    TEXT,
+    UNET,
+    VAE_CONFIG,
+    command,
+    difference,
+    here,
+    pixels,
+    refusal,
+    toys,
+    write_base,
+    write_guide,
+)
+
+import eval as eval_script
+import sample
+import train
+from clip_text import TextConfig
+from mini import postcards
+from support import editing
+from support.base import load_base
+from support.batches import Batches
+from support.checkpoint import load_unet, read_tensors
+from support.cli import BadInput, flag_of
+from support.data import CaptionedImages
+from support.images import to_image
+from unet import UNetConfig
+from vae import VAEConfig
+
+ROOT = Path(__file__).resolve().parent.parent
+NINE = replace(UNET, in_channels=9)
+PROMPT, PAINTED = "--prompt tree", "a big red boat on the sea"
+
+
+@pytest.fixture(scope="session")
+def painter(tmp_path_factory) -> Path:
+    """An inpainting checkpoint, of nine input channels."""
+    file = tmp_path_factory.mktemp("painter") / "painter.safetensors"
+    return write_base(file, NINE, VAE_CONFIG, TEXT, torch.float32)
+
+
+@pytest.fixture
+def files(here) -> Path:
+    """image.png, mask.png and a folder of images in here."""
+    dots = torch.randint(0, 256, (64, 64, 3), generator=torch.Generator().manual_seed(0))
+    Image.fromarray(dots.byte().numpy()).resize((16, 16)).resize((64, 64)).save("image.png")
+    halves(upper=(255,) * 3, lower=(0,) * 3).save("mask.png")
+    Path("many").mkdir()
+    halves((90, 64)).save("many/a.jpg")
+    halves((64, 200)).convert("RGBA").save("many/b.PNG")
+    Image.fromarray(np.full((20, 20), 40_000, np.uint16)).save("many/c.tif")
+    halves().convert("P").save("many/d.gif")
+    Path("many/notes.txt").write_text("no image")
+    return here
+
+
+WAYS = {"noise": "--sampler stochastic", "image": "--image image.png",
+        "both": "--image image.png --strength 0.75 --sampler stochastic",
+        "mask": "--image image.png --mask mask.png", "invert": "--image image.png --invert --g 2"}
+each_way = pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
+
+
+# ----------------------------------------------------------------------- what a command gives
+
+@each_way
+@pytest.mark.parametrize("guide", ["tiny", "full", "cfg"])
+def test_a_batch_size_never_changes_an_image(files, guide, way):
+    line = f"{PROMPT} --n 3 --steps 4 --guide {guide} {way}"
+    command(f"{line} --batch 3")
+    one_by_one = command(f"{line} --batch 1")
+    for together, alone in zip(one_by_one[:3], one_by_one[3:]):
+        assert difference(together, alone) <= 1
+    assert difference(*one_by_one[:2]) > 5 or "--invert" in way        # no seed changes that
+
+
+@each_way
+def test_the_config_in_an_image_makes_it_again(files, way):
+    first = command(f"{PROMPT} --n 2 --steps 4 {way}")[1]
+    config = json.loads(Image.open(first).text["ppdd"])
+    assert config["image"] == ("image.png" if "--image" in way else "")
+    flags = [word for name, value in config.items() if value not in ("", [], False)
+             for word in (flag_of(name), *(value if isinstance(value, list) else
+                                           [] if value is True else [value]))]
+    again = command("", *map(str, flags))[-1]
+    assert difference(first, again) <= 1                    # alone, layers may round differently
+
+
+def test_each_image_of_a_folder_meets_each_prompt(files):
+    made = command("--prompt tree boat --n 2 --steps 2 --image many")
+    assert len(made) == 4 * 2 * 2 and all(pixels(p).shape == (64, 64, 3) for p in made)
+    config = json.loads(Image.open(made[4]).text["ppdd"])
+    assert (config["image"], config["seed"], config["prompt"]) == ("many/b.PNG", 4, ["tree"])
+    assert "Denoising strength: 0.6" in Image.open(made[0]).text["parameters"]
+
+
+def test_strength_0_6_is_the_default_and_a_mask_s_is_1(files):
+    made = [command(f"{PROMPT} --steps 8 {way}")[-1] for way in (
+        WAYS["image"], WAYS["image"] + " --strength 0.6", WAYS["image"] + " --strength 0.3",
+        WAYS["mask"], WAYS["mask"] + " --strength 1")]
+    assert difference(*made[:2]) == difference(*made[3:]) == 0 < difference(*made[1:3])
+
+
+def test_a_comparison_starts_every_column_from_the_image(files):
+    command(f"{PROMPT} --compare --steps 2 --image image.png")
+    assert list(json.loads(Image.open("out/compare.png").text["milliseconds"])) == [
+        "no guidance", "CFG", "full guide", "tiny guide"]
+
+
+def test_a_guide_for_steps_as_long_as_the_stochastic_ones_is_taken(files, capsys):
+    command(f"{PROMPT} --steps 16 --sampler stochastic")
+    assert "tiny-8.safetensors" in capsys.readouterr().out
+    command(f"{PROMPT} --steps 8 --sampler stochastic --guide guides/toy/tiny-8.safetensors")
+    assert "8 stochastic ones, of twice the length, are fewer" in capsys.readouterr().err
+
+
+def test_an_inversion_takes_another_base_s_noise(files, toys):
+    other = write_base(files / "other.safetensors", UNET, replace(VAE_CONFIG, scale_factor=0.5),
+                       TEXT, torch.float32)
+    line = f"{PROMPT} {WAYS['invert']} --steps 4 --source-prompt boat"
+    made = [command(f"{line} {more}")[-1] for more in (
+        "", f"--encode-weights {toys}/toy.safetensors", f"--encode-weights {other}")]
+    assert difference(*made[:2]) == 0 < difference(*made[1:])
+
+
+def test_an_image_comes_back_from_its_inversion(files):
+    """With the miniature itself: random networks are too rough for it."""
+    generator = torch.Generator().manual_seed(1)
+    attributes = postcards.sample_attributes(1, generator)
+    to_image((255 * postcards.draw(attributes, generator=generator)[0]).byte()).save("card.png")
+    caption = postcards.caption(attributes[0], random.Random(0))
+    made = command(f"--image card.png --invert --guide none --steps 20 --weights {ROOT}/mini/"
+                   "mini.safetensors", "--source-prompt", caption, "--prompt", caption)
+    base = load_base(ROOT / "mini/mini.safetensors")
+    through_vae = base.decode(base.encode(editing.read_images([Path("card.png")], 64, 64), 0))
+    assert abs(pixels(made[0]) - through_vae[0].permute(1, 2, 0).numpy()).mean() < 5
+
+
+# ----------------------------------------------------------------------- images and masks
+
+def test_images_are_seen_upright_on_white_and_cut_to_the_middle(files):
+    wide, tall, grey, palette = editing.read_images(editing.find_images("many"), 64, 32)
+    assert wide.shape == (3, 32, 64) and wide.min() >= -1 and wide.max() <= 1
+    assert (wide[0, :14] > 0.9).all() and (wide[2, -14:] > 0.9).all()     # red above blue
+    assert grey.unique().numel() == 1 and abs(grey.mean() - (2 * 40_000 / 65_535 - 1)) < 0.01
+    assert torch.equal(palette, editing.read_images([Path("many/d.gif")], 64, 32)[0])
+
+
+def test_a_mask_is_resized_by_nearest_neighbour(files):
+    mask = editing.read_mask(Path("mask.png"), 64, 64)
+    assert mask.shape == (1, 1, 64, 64) and mask[..., :32, :].all() and not mask[..., 32:, :].any()
+    assert editing.to_latent(mask).shape == (1, 1, 8, 8)
+    halves((640, 640), (255,) * 3, (120,) * 3).save("big.png")
+    assert torch.equal(editing.read_mask(Path("big.png"), 64, 64), mask)
+    editing.check_files([Path("image.png")], Path("big.png"))
+    halves((96, 64), (255,) * 3, (0,) * 3).save("wide.png")         # cut as an image is
+    assert torch.equal(editing.read_mask(Path("wide.png"), 64, 64), mask)
+    with pytest.raises(BadInput, match="wide.png is 96 × 64 and image.png 64 × 64"):
+        editing.check_files([Path("image.png")], Path("wide.png"))
+
+
+# ----------------------------------------------------------------------- nine channels
+
+def test_an_inpainting_model_takes_image_mask_and_its_own_guides(files, painter, capsys):
+    line = f"--weights {painter} {PROMPT} --steps 4 {WAYS['mask']}"
+    for config, name in ((NINE, "nine"), (UNET, "four")):
+        write_guide(files / f"{name}.safetensors", config, "full", 8)
+    made = [command(f"{line} --guide {guide}")[-1] for guide in ("cfg", "none", "nine.safetensors")]
+    assert min(difference(a, b) for a in made for b in made if a != b) > 5
+    capsys.readouterr()
+    message = refusal(capsys, *line.split(), "--guide", "four.safetensors")
+    assert "in_channels 4 and not 9" in message
+    assert "no tiny guide for painter" in refusal(capsys, *line.split())
+    for flags in ("", WAYS["image"], WAYS["invert"]):
+        message = refusal(capsys, "--weights", str(painter), *PROMPT.split(), *flags.split())
+        assert "painter.safetensors is an inpainting model, with 9 input channels" in message
+        assert "--image and --mask" in message
+
+
+@pytest.mark.parametrize("kind", ["tiny", "full", "whole"])
+def test_a_guide_is_trained_for_an_inpainting_model_and_used(files, painter, kind):
+    fill_folder(files / "data", ["a tree", "a boat"])
+    train.main(["--weights", str(painter), "--data", "data", "--guide", kind, "--updates", "2",
+                "--batch", "2", "--size", "64", "--start-steps", "2", "--end-steps", "1",
+                "--halving-updates", "2", "--device", "cpu", "--run", "run", "--out", "mine",
+                "--grid-every", "1"])
+    assert len(list(Path("run").glob("*.png"))) >= 2
+    line = f"--weights {painter} {PROMPT} --steps 1 {WAYS['mask']}"
+    made = [command(f"{line} {more}")[-1] for more in (
+        "--guide none", f"--guide mine/painter/{kind}-1.safetensors")]
+    assert difference(*made) > 0
+
+
+def test_the_masks_of_training_are_drawn_anew_and_hide_what_they_cover(files, painter):
+    fill_folder(files / "data", ["a tree"])
+    base = load_base(painter, inpainting=True)
+    config = train.Config(batch=64, data=("data",), trajectories=0.0)
+    batches = Batches(config, base, CaptionedImages(base, ["data"], 64), 0, 0, 5)
+    batch, other = (batches.draw(batches.generator(k)) for k in (0, 1))
+    assert batch.masks.shape == (64, 1, 8, 8) and not torch.equal(batch.masks, other.masks)
+    assert 0.05 < batch.masks.mean() < 0.25 and batch.masks.unique().tolist() == [0, 1]
+    [part] = batches.gather(batch, 0)
+    masks, latents = part.beside[:, :1], part.beside[:, 1:]
+    assert torch.equal(masks, batch.masks) and latents.shape == (64, 4, 8, 8)
+    image = editing.read_images([Path("data/000.png")], 64, 64)
+    pixels = masks[3:4].repeat_interleave(8, 2).repeat_interleave(8, 3)
+    expected = base.encode(image * (1 - pixels), batch.noise[2, 3:4])
+    assert disagreement(latents[3:4], expected) < 1e-4
+
+
+@pytest.mark.parametrize("more", ["", "--cache cache", "--trajectories 0.5"])
+def test_training_for_an_inpainting_model_needs_images_to_mask(files, painter, capsys, more):
+    fill_folder(files / "data", ["a tree"])
+    data = "--data data" * bool(more)
+    with pytest.raises(SystemExit) as exit:
+        train.main(["--weights", str(painter), "--device", "cpu", *f"{data} {more}".split()])
+    assert exit.value.code == 2 and "neither --cache nor --traj" in capsys.readouterr().err
+
+
+def test_evaluation_refuses_an_inpainting_model(here, painter, capsys):
+    with pytest.raises(SystemExit) as exit:
+        eval_script.main(["table2", "--weights", str(painter), "--device", "cpu"])
+    assert exit.value.code == 2 and "is an inpainting model" in capsys.readouterr().err
+
+
+def test_the_channels_of_an_inpainting_model_are_read_off_its_weights(painter, tmp_path):
+    tensors, metadata = read_tensors(painter)
+    metadata["unet_config"] = json.dumps(asdict(UNET))                  # official files say nothing
+    save_file(tensors, tmp_path / "silent.safetensors", metadata)
+    diffusers_unet(NINE).save_pretrained(tmp_path / "unet")
+    base = load_base(tmp_path / "silent.safetensors", inpainting=True)
+    assert base.inpaints and base.unet.config == load_unet(tmp_path).config == NINE
+
+
+# ----------------------------------------------------------------------- bad input
+
+@pytest.mark.parametrize("line, part", [
+    ("--image no.png", "no.png: No such file"), ("--image empty", "no image in this folder"),
+    ("--image many/notes.txt", "is not an image that Pillow reads"),
+    ("--image cut.png", "cut.png can't be read as an image"),
+    ("--image image.png --strength 0", "--strength 0: a number above 0"),
+    ("--image image.png --strength 1", "--strength 1: a number"),
+    ("--image image.png --strength 1.5", "--strength 1.5"),
+    ("--image image.png --strength nan", "--strength nan"),
+    ("--image image.png --strength half", "--strength half"),
+    ("--image image.png --mask mask.png --strength 1.1", "--strength 1.1"),
+    ("--strength 0.5", "--strength is for --image"), ("--mask mask.png", "--mask is for --image"),
+    ("--invert", "--invert is for --image"), ("--source-prompt boat", "are for --invert"),
+    ("--image image.png --encode-weights mini", "are for --invert"),
+    ("--image image.png --invert --mask mask.png", "leave one out"),
+    ("--image image.png --export x", "leave out --image"),
+    ("--image image.png --mask black.png", "nothing in it is white"),
+    ("--image image.png --mask wide.png", "wide.png is 96 × 64 and image.png 64 × 64"),
+    ("--image many --mask mask.png", "many/a.jpg 90 × 64"),
+    ("--image image.png --mask no.png", "no.png"),
+    ("--image image.png --invert --encode-weights deep.safetensors", "other sizes than that of"),
+    ("--image image.png --invert --encode-weights no.safetensors", "does not exist"),
+])
+def test_bad_input_is_answered_with_one_sentence(files, toys, capsys, line, part):
+    Path("empty").mkdir()
+    Path("cut.png").write_bytes(Path("image.png").read_bytes()[:-200])
+    Image.new("L", (64, 64)).save("black.png")
+    Image.new("L", (96, 64), 255).save("wide.png")
+    shutil.copy(toys / "deep.safetensors", "deep.safetensors")
+    assert part in refusal(capsys, *PROMPT.split(), "--steps", "2", *line.split())
+    assert not list(Path().glob("out/*"))
+
+
+def test_an_image_needs_a_prompt(files, capsys):
+    assert "--image needs --prompt" in refusal(capsys, "--image", "image.png")
+
+
+# ----------------------------------------------------------------------- diffusers' own pipelines
+
+def their_image(way: str, file: Path, tmp_path: Path, tokenizer, configs: tuple, **settings
+                ) -> np.ndarray:
+    from diffusers import StableDiffusionImg2ImgPipeline, StableDiffusionInpaintPipeline
+
+    plain = diffusers_pipeline(file, tmp_path, tokenizer, configs)
+    plain.unet.register_to_config(sample_size=64)           # the pipelines want one
+    kind = StableDiffusionImg2ImgPipeline if way == "image" else StableDiffusionInpaintPipeline
+    pipe = kind(**plain.components, requires_safety_checker=False)
+    image = pipe(PAINTED, guidance_scale=7.5,
+                 generator=torch.Generator().manual_seed(3), **settings).images[0]
+    return np.asarray(image).astype(int)
+
+
+def check_parity(way: str, strength: float, tmp_path: Path, tokenizer, configs: tuple, side: int
+                 ) -> None:
+    if way == "nine":
+        configs = (replace(configs[0], in_channels=9), *configs[1:])
+    file = write_base(tmp_path / "base.safetensors", *configs, torch.float16)
+    soft = noise(3, 4, 4).permute(1, 2, 0).mul(60).add(128).clamp(0, 255).byte().numpy()
+    image = Image.fromarray(soft).resize((side, side), Image.Resampling.BICUBIC)
+    mask = Image.new("L", (side, side))
+    mask.paste(255, (side // 8, side // 4, side // 2 + 4, 3 * side // 4 + 4))
+    image.save(tmp_path / "image.png"), mask.save(tmp_path / "mask.png")
+    settings = {"image": image, "strength": strength, "num_inference_steps": 4}
+    line = f"--guide cfg --steps 4 --g 6.5 --dtype fp32 --seed 3 --size {side} --device cpu"
+    line += f" --image {tmp_path}/image.png --strength {strength} --weights {file}"
+    if way != "image":
+        settings |= {"mask_image": mask, "height": side, "width": side}
+        line += f" --mask {tmp_path}/mask.png"
+    sample.main([*line.split(), "--out", f"{tmp_path}/out", "--prompt", PAINTED])
+    ours = pixels(tmp_path / "out/000-a-big-red-boat-on-the-sea.png")
+    theirs = their_image(way, file, tmp_path, tokenizer, configs, **settings)
+    file.unlink()
+    assert ours.std() > 20 and (abs(ours - 127.5) < 127).mean() > 0.5      # an image, not a blot
+    print("largest difference", abs(ours - theirs).max(), "mean", abs(ours - theirs).mean())
+    assert abs(ours - theirs).max() <= 2
+
+
+@pytest.mark.parametrize("way, strength", [("image", 0.5), ("image", 0.75), ("mask", 0.75),
+                                           ("mask", 1.0), ("nine", 0.5), ("nine", 1.0)])
+def test_small_parity(here, tmp_path, tokenizer, way, strength):
+    check_parity(way, strength, tmp_path, tokenizer, (UNET, VAE_CONFIG, TEXT), 64)
+
+
+@pytest.mark.full
+@pytest.mark.skipif(memory_gib() < 12, reason="needs 12 GiB of memory")
+@pytest.mark.parametrize("way, strength", [("image", 0.5), ("mask", 0.5), ("nine", 0.5)])
+def test_full_size_parity(tmp_path, tokenizer, way, strength):
+    """All of SD 1.5's sizes, at 256 × 256: minutes on two cores."""
+    configs = UNetConfig(), VAEConfig(), TextConfig()
+    check_parity(way, strength, tmp_path, tokenizer, configs, 256)
