@@ -93,7 +93,7 @@ class Config:
     lora: tuple[str, ...] = option((), "LoRA files to merge into the base: FILE or FILE:scale")
 
     out: str = option("out", "folder of the images; nothing in it is overwritten", group="output")
-    compare: bool = option(False, "one sheet of no guidance, CFG and the guides")
+    compare: bool = option(False, "one sheet of no guidance, CFG and every kind of guide there is")
     export: str = option("", "folder to write the full guide to, as a ControlNet for other tools; "
                              "samples nothing")
     about: str = option("", "a guide file: prints its metadata; samples nothing")
@@ -446,6 +446,9 @@ def compare(config: Config, base: Base, shots: list[Shot], out: Path) -> None:
              "that is given by its path")
     methods = {}
     for guide in dict.fromkeys((*METHODS, config.guide)):
+        if guide in ("seeing", "whole") and not guides.find_guide(
+                base, guide, step_length(config), config.guides):
+            continue                                # beyond the paper: shown where there is one
         try:
             methods[METHODS.get(guide, Path(guide).stem)] = find_method(config, base, guide)
         except BadInput as error:

@@ -16,7 +16,7 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 ACCURACY = "caption accuracy"
 NOISED, TRAJECTORIES = "noised real images", "CFG's own trajectories"
 # Options that trials of results/tuning.json used, and that train.py no longer has.
-REMOVED = {"ema", "loss: snr", "form: product", "pool: mean", "pool: end"}
+REMOVED = {"ema", "form: product", "pool: mean", "pool: end"}
 
 
 def results(name: str):
