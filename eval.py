@@ -24,6 +24,7 @@ from typing import NamedTuple
 from evaluation.clip_score import clip_score
 from evaluation.cost import table1
 from evaluation.drawings import animation, method
+from evaluation.edits import edits, inversion
 from evaluation.fid import fid
 from evaluation.figures import fig5, fig6, fig7, fig8, quality
 from evaluation.match import features, match
@@ -66,6 +67,9 @@ COMMANDS = {name: Command(*entry) for name, entry in {
     "fig6": (fig6, "the paper's Fig. 6: guides beside CFG", FIGURES),
     "fig7": (fig7, "the paper's Fig. 7: what guides add to the decoder", FIGURES),
     "fig8": (fig8, "the paper's Fig. 8: guides in fine-tuned bases", FIGURES + "bases"),
+    "edits": (edits, "image-to-image and inpainting with the tiny guide", BASE + "guides"),
+    "inversion": (inversion, "what encoding to noise and decoding changes",
+                  BASE + "guides count"),
     "quality": (quality, "a result of table2 as a chart: quality over time", "quick"),
     "method": (method, "the README's drawing of the method", ""),
     "animation": (animation, "the README's animation of the steps", BASE + "prompt"),

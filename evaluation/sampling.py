@@ -29,7 +29,8 @@ GUIDES = ("full", "full-16", "full-8", "tiny", "tiny-16", "tiny-8", "tiny-8-g8")
 OUR_GUIDES = tuple(f"tiny-{form}{steps}" for form in ("gated", "seeing")
                    for steps in ("", "-16", "-8"))
 STAGE_ONE = 50                  # steps of a guide that was never halved, and of the teacher
-ONE_G = ("table3", "fig5", "fig6", "fig8")        # commands that take one g
+ONE_G = ("table3", "fig5", "fig6", "fig8", "edits")     # commands that take one g
+FEW = ("match", "features", "inversion")                # that take 64 images by default
 
 # Image k of seed s starts from noise FIRST_NOISE + NOISE_PER_SEED · s + k. Training, which draws
 # from small seeds, never sees it, and no two seeds of a table share any.
@@ -204,7 +205,7 @@ def resolve_defaults(config):
     g = (8.0,) if config.command in ONE_G else (2.0, 8.0) if quick else (2.0, 4.0, 6.0, 8.0)
     config = replace(
         config, g=tuple(dict.fromkeys(config.g)) or g, seeds=config.seeds or (2 if quick else 3),
-        count=count or (8 if quick else 64 if config.command in ("match", "features") else 300),
+        count=count or (8 if quick else 64 if config.command in FEW else 300),
         references=config.references or (200 if quick else 2000),
         repeats=config.repeats or (1 if quick else 3))
     require((config.count > NOISE_PER_SEED, f"--count {config.count}: at most {NOISE_PER_SEED}"),
