@@ -312,7 +312,7 @@ class StubData:
 
 def test_absurd_values_end_in_a_sentence_or_are_right(toy_base, here, capsys, monkeypatch):
     loaded = load_base(toy_base)
-    monkeypatch.setattr(train, "load_base", lambda path, device, vae: loaded)
+    monkeypatch.setattr(train, "load_base", lambda path, **_: loaded)
     monkeypatch.setattr(train, "Postcards", StubData)
     monkeypatch.setattr(train.Trainer, "train", lambda self: None)
     monkeypatch.setattr(support.base, "base_sha256", lambda *_: "")

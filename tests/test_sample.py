@@ -445,7 +445,8 @@ def test_a_comparison_without_a_guide_and_with_a_named_one(here, capsys):
 @pytest.mark.parametrize("line, part", [
     ("--steps 0", "from 1 to 1000"), ("--steps 1001", "from 1 to 1000"), ("--steps -3", "-3"),
     ("--steps eight", "eight"), ("--g nan", "--g nan"), ("--g inf", "--g inf"), ("--g", "--g"),
-    ("--guide huge", "tiny, full, cfg"), ("--guide no.safetensors", "safetensors does not exist"),
+    ("--guide huge", "tiny, seeing, whole or the path"),
+    ("--guide no.safetensors", "safetensors does not exist"),
     ("--guide toy.safetensors", "is not a guide"), ("--guides nowhere", "No such file"),
     ("--guides toy.safetensors", "a file, not a folder"),
     ("--guide deep-8.safetensors", "another size"), ("--n 0", "--n 0"), ("--n 1000000", "--n"),
