@@ -78,6 +78,19 @@ def match() -> Iterator[str]:
         yield f"| {name} | {shares[NOISED]['all']:.1f} | {shares[TRAJECTORIES]['all']:.1f} |"
 
 
+def looking() -> Iterator[str]:
+    """The rows of results/study.json: forms, and the seeing one with one thing changed."""
+    for row in results("study"):
+        name = row["settings"].get("variant") or row["settings"]["form"]
+        yield f"| {name} | {row['parameters']:,} | {100 * row['unexplained']:.1f} |"
+
+
+def inversion() -> Iterator[str]:
+    for row in results("inversion")["rows"].values():
+        cells = (f"{row['by g'][g]:.1f}" if g in row["by g"] else "" for g in "2468")
+        yield f"| {row['title']} | {' | '.join(cells)} |"
+
+
 def features() -> Iterator[str]:
     guides = results("features")["guides"]
     for name, guide in guides.items():
@@ -192,7 +205,8 @@ def beside_the_paper() -> Iterator[str]:
 
 
 @pytest.mark.parametrize("page, lines", [
-    *((RESULTS, lines) for lines in (table1, table2, table3, plugged_in, match, features, trials,
+    *((RESULTS, lines) for lines in (table1, table2, table3, plugged_in, match, looking, features,
+                                     inversion, trials,
                                      speed, speed_on_a_gpu, eager_on_a_gpu, growth_on_a_gpu,
                                      training_on_a_gpu, miniature)),
     (README, beside_the_paper)], ids=lambda value: getattr(value, "__name__", ""))
@@ -290,6 +304,31 @@ def find_trial(has_images: bool, **wanted) -> dict:
     return row
 
 
+def looking_claims() -> Iterator[str]:
+    """What the text says of results/study.json, and of the bundled gated guide's match."""
+    left = {row["settings"].get("variant") or row["settings"]["form"]: 100 * row["unexplained"]
+            for row in results("study")}
+    gated = results("match")["guides"]["tiny-gated"][NOISED]["all"]
+    yield f"leaves {left['seeing']:.1f} % where the gated form leaves {left['gated']:.1f} %,"
+    yield f"The bundled gated guide, after 192,000 states, leaves {gated:.1f} %"
+    yield f"leaves {left['half as wide']:.1f} %, one twice as wide {left['twice as wide']:.1f} %."
+    yield f"gains {left['seeing'] - left['depthwise 3×3']:.1f} points"
+    others = ("SiLU after the product", "shared among equal widths", "scale and shift",
+              "one group to normalise")
+    assert all(abs(left[name] - left["seeing"]) < 1 for name in others)
+
+
+def inversion_claims() -> Iterator[str]:
+    rows = {name: {g: f"{error:.1f}" for g, error in row["by g"].items()}
+            for name, row in results("inversion")["rows"].items()}
+    cfg, full = rows["cfg-8"], rows["full-8"]
+    yield f"CFG's error is {cfg['2']} at g = 2 and {cfg['4']} at g = 4, the full guide's " \
+          f"{full['2']} and {full['4']}."
+    cfg, full = rows["cfg-50"], rows["full"]
+    yield f"CFG's grows from {cfg['2']} at g = 2 to {cfg['8']} at g = 8, and the full guide's is " \
+          f"{full['2']} and {full['8']}."
+
+
 def feature_claims() -> Iterator[str]:
     """What the text says of results/features.json: at g = 8, and in the first steps."""
     guides = results("features")["guides"]
@@ -371,9 +410,11 @@ def training_claims() -> Iterator[str]:
 
 @pytest.mark.parametrize("begin, end, expected, others", [
     ("## Table 1", "## Table 2", cost_claims, []),
+    ("## A tiny guide that sees", "## The paper's claims", looking_claims, []),
     ("## The paper's claims", "## How the paper was read", claims, []),
     ("## What was tried", "## Figures", trial_claims, ["114.5 %", "43.2 %"]),
-    ("### What the guides add", "## Speed", feature_claims, ["Section 5.4"]),
+    ("### What the guides add", "## Editing images", feature_claims, ["Section 5.4"]),
+    ("## Editing images", "## Speed", inversion_claims, ["0.4 and 0.6"]),
     ("### On two CPU threads", "### On an H100", speed_claims, ["0.51 and 0.49", "0.99 and 1.06"]),
     ("### On an H100", "### Batch size", gpu_claims, ["torch 2.11"]),
     ("## Reliability", "## The miniature", reliability_claims, []),
