@@ -39,7 +39,7 @@ from unet import UNet, UNetConfig
 
 @dataclass(frozen=True)
 class StudentConfig:
-    """What a student is, in a file's metadata beside the guides' `GuideConfig`.
+    """What a student is; it takes the place of `GuideConfig` in a file's metadata.
 
     prediction    "eps", or "v": the network's output is then v = α ε − σ x
     """
@@ -134,7 +134,7 @@ def sample(student: Student, z: Tensor, c: Tensor, g: float, steps: int,
 def truncated_snr(t: Tensor) -> Tensor:
     """(B,) max(σ² / α², 1): the weight of ε̂'s error which is ω(λ) = max(α² / σ², 1) on x̂'s.
 
-    At the same z, x̂ − x̂* = −(σ / α) (ε̂ − ε̂*). At t = 999 σ / α is 15: the weight is 213.
+    At the same z, x̂ − x̂* = −(σ / α) (ε̂ − ε̂*). At t = 999, σ / α is 14.6 and the weight 214.
     """
     alpha, sigma = alpha_sigma(t)
     return (sigma / alpha).square().clamp(min=1).flatten()
@@ -145,7 +145,8 @@ def cfg_distillation(unet: UNet, student: nn.Module, z: Tensor, t: Tensor, c: Te
     """Stage one, Eq. 3: L = ω(λ_t) ‖x̂_η(z_t, c, g) − ((1 + g) x̂_c − g x̂_∅)‖².
 
     That is the teacher's x̂ of ε̂ = (1 + g) ε_c − g ε_∅, and so this is `ppdd.cfg_distillation` of
-    another student. ω is `weight`: `truncated_snr` as in the paper, else the plain error of ε̂.
+    another student. ω is `weight`: `truncated_snr`, Salimans & Ho's, as the paper's main text
+    leaves it open; else the plain error of ε̂.
     """
     with torch.no_grad():
         both = unet(torch.cat([z, z]), torch.cat([t, t]), torch.cat([c, empty]))
@@ -208,7 +209,8 @@ def noise_stream(seeds: Iterable[int], shape: tuple[int, ...],
                  device: torch.device | str = "cpu") -> Iterator[Tensor]:
     """Standard normal noise (B, *shape), float32, without end, from one generator a seed.
 
-    The first is `ppdd.noise`. One stream an image: a batch size never changes an image.
+    The first equals `ppdd.noise`. Each image has a stream of its own, so the batch size never
+    changes an image.
     """
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     while True:
@@ -222,7 +224,7 @@ def noise_stream(seeds: Iterable[int], shape: tuple[int, ...],
 def edit_grid(steps: int, strength: float) -> list[int]:
     """The part of an N-step grid that image-to-image runs through (Section 4.2.3, SDEdit).
 
-    It starts at the grid point nearest to strength, of 1, and has at least one step; diffusers
+    It starts at the grid point nearest to `strength` (0 to 1) and has at least one step; diffusers
     takes the next point below. The run starts from z = α x + σ ε there, `ppdd.add_noise`: the
     network meets no noise level that it wasn't distilled for.
     """
@@ -235,7 +237,7 @@ def inpaint(predict: Predictor, z: Tensor, grid: list[int], x: Tensor, noise: Te
     """Inpainting with any base: before every prediction the known part of z becomes α x + σ ε.
 
     x and noise (B, Z, H, W); mask (B, 1, H, W) is 1 where the image is made anew. Samplers treat
-    each position by itself, so what they make of the known part is of no account.
+    each position by itself, so what they compute for the known part is discarded.
     """
     def put_back(z: Tensor, t: int) -> Tensor:
         return mask * z + (1 - mask) * add_noise(x, noise, t)
@@ -257,10 +259,10 @@ def inpaint_by_channels(predict: Predictor, z: Tensor, grid: list[int], mask: Te
 
 
 class BesideMask:
-    """A UNet, guide or student for inpainting, to train: z is joined by what the batch has beside
-    it, mask and latents of the masked image (B, 1 + Z, H, W).
+    """A UNet, guide or student of an inpainting model, in training: every z gets the batch's mask
+    and latents of the masked image, (B, 1 + Z, H, W), so that the losses need not know of them.
 
-    So the losses need know nothing of it. Of a call's arguments only z has four dimensions.
+    Only z has four dimensions among a call's arguments.
     """
 
     def __init__(self, net: Callable, beside: Tensor):

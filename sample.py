@@ -67,24 +67,24 @@ class Config:
 
     image: str = option("", "an image, or a folder of them, to paint --prompt over: image to image",
                         group="what to edit")
-    strength: str = option("", "how much of an image gives way, from 0 to 1; default: 0.6, with "
-                               "--mask or --invert 1")
+    strength: str = option("", "how much of an image gives way, above 0 and below 1, with --mask "
+                               "or --invert up to 1; default: 0.6, with those 1")
     mask: str = option("", "an image that is white where --image is to be painted anew; also for "
                            "inpainting models")
-    invert: bool = option(False, "start from the noise that --image comes from, not from new noise")
-    source_prompt: str = option("", "what the image shows, for --invert")
+    invert: bool = option(False, "run DDIM backwards from --image to its noise, and start there")
+    source_prompt: str = option("", "what the image shows, for --invert; default: nothing")
     encode_weights: str = option("", "the base that --invert reads the image with; default: that "
                                      "of --weights")
 
     steps: int = option(8, "sampling steps", low=1, high=ppdd.TIMESTEPS, group="base and guide")
     g: float = option(8.0, "guidance number of Eq. 3: 0 is no guidance, 8 is strong; the guidance "
                            "scale elsewhere is 1 + g", low=-1000, high=1000)
-    guide: str = option("tiny", "tiny, seeing or full: the guide distilled for about so many "
-                                "steps; whole: a UNet distilled as a whole; cfg: two passes a "
-                                "step; none; or the path of a guide")
+    guide: str = option("tiny", "tiny, seeing or full: the guide distilled for the number of steps "
+                                "nearest to --steps; whole: a student, a distilled copy of the "
+                                "UNet; cfg: two passes a step; none; or the path of a guide")
     guides: str = option("", "folder to search for guides before guides/ and mini/guides/")
-    transplant: str = option("", "the base that --guide whole was distilled on: its difference "
-                                 "from that is added to --weights")
+    transplant: str = option("", "the base that the student was distilled on: the difference "
+                                 "between the two is added to --weights")
     sampler: str = option("ddim", "ddim, plms or stochastic: with noise, in steps of twice the "
                                   "length", choices=(*ppdd.SAMPLERS, "stochastic"))
     weights: str = option("", "Stable Diffusion 1.5: a file or a folder; default: ./weights and "
@@ -149,6 +149,8 @@ def run(config: Config) -> None:
     check(config)
     if config.guide != given.guide:
         warn("g = 0 is no guidance: sampling without the guide")
+    if config.invert and config.n > 1 and config.sampler != "stochastic":
+        warn("--invert uses no new noise: the --n images of a prompt are the same")
     out = writable_folder(config.export or config.out)
     with distributed.init_distributed(config.device, advice=f"; {KEPT}") as device:
         path = find_weights(config.weights)
@@ -298,7 +300,8 @@ def resolve_defaults(config: Config) -> Config:
     read = read_prompts(config.prompts) if config.prompts else ()
     guide, g = config.guide, config.g
     if not (config.compare or config.export):
-        guide = "none" if g == 0 and guide != "cfg" else guide
+        kept = ("cfg", "whole")                      # g = 0 is a value that a student knows
+        guide = "none" if g == 0 and guide not in kept and not is_student(guide) else guide
         g = 0.0 if guide == "none" else g
     strength = config.strength
     if config.image and not strength:
@@ -334,8 +337,18 @@ def check(config: Config) -> None:
     editing.check(config)
     kind = guides.read_guide(path).config.kind if path else config.guide
     require((config.transplant and kind != "whole" and not config.compare, "--transplant is for a "
-             "UNet distilled as a whole, and g above 0; a guide works on other bases as it is"))
+             "UNet distilled as a whole; a guide works on other bases as it is"),
+            (config.encode_weights and (kind == "whole" or config.compare), "--encode-weights "
+             "works with a guide or cfg, and without --compare: a student replaces the UNet of "
+             "both bases"))
     sides(config.size or "512")
+
+
+def is_student(guide: str) -> bool:
+    """Whether --guide names the file of a student."""
+    path = expand(guide)
+    return (guide not in METHODS and path.suffix == ".safetensors" and path.is_file()
+            and guides.read_guide(path).config.kind == "whole")
 
 
 def sides(size: str) -> tuple[int, int]:

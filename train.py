@@ -127,8 +127,8 @@ class Config:
                               high=1000)
     end_steps: int = option(8, "halve down to this many steps; start_steps: stage one only", low=1,
                             high=1000)
-    stochastic: bool = option(False, "halvings also learn to start from the odd points of their "
-                                     "teacher's grid, where --sampler stochastic does")
+    stochastic: bool = option(False, "halvings also train on the odd points of the teacher's grid, "
+                                     "which --sampler stochastic visits")
     batch: int = option(0, "images an update, those of all processes together; 0: 32, for the "
                            "miniature on a GPU 1024", low=0, high=65536)
     trajectories: float = option(0.0, "share of a batch taken not from noised images but from the "
@@ -138,9 +138,9 @@ class Config:
     lr: float = option(0.0, "learning rate of stage one; 0: what suits", low=0, below=1)
     halving_lr: float = option(0.0, "learning rate of the halving stages; 0: what suits",
                                low=0, below=1)
-    loss: str = option("", "weigh the ε error plainly, as the paper does; by the root of truncated "
-                           "SNR; or as truncated SNR weighs x̂'s, as Meng et al. do; default: eps, "
-                           "of v snr", choices=("eps", "root-snr", "snr"))
+    loss: str = option("", "weight of the ε error. eps: none, as in the paper; snr: truncated SNR "
+                           "on x̂; root-snr: its root. Default: eps; with --prediction v, snr",
+                       choices=("eps", "root-snr", "snr"))
     grad_clip: float = option(1.0, "gradients are clipped to this norm", above=0)
     seed: int = option(0, "seed of everything", low=0, high=2**31 - 1)
 
@@ -158,8 +158,8 @@ class Config:
                                 "that has it, else fp32", choices=("auto", "fp32", "bf16"))
     accumulate: int = option(1, "split each batch into so many parts, one by one, to save memory",
                              low=1)
-    checkpointing: bool = option(False, "recompute the decoder's blocks backwards, for memory; of "
-                                        "--guide whole all blocks")
+    checkpointing: bool = option(False, "recompute the decoder's blocks in the backward pass, to "
+                                        "save memory; with --guide whole, all of the student's")
     compile: bool = option(False, "torch.compile the base; needs a C++ compiler on a CPU")
 
 
@@ -223,8 +223,10 @@ def check(config: Config) -> None:
         (config.cache and not config.data, "--cache is for images of --data: give some"),
         (config.prediction == "v" and config.guide != "whole",
          "--prediction v is for --guide whole: the base of other guides predicts ε"),
-        (config.form != "sum" and config.guide == "whole", "--form is of the tiny guide: leave it "
-         "out with --guide whole"),
+        (config.form != "sum" and config.guide != "tiny", "--form is of the tiny guide: leave it "
+         f"out with --guide {config.guide}"),
+        (config.stochastic and config.start_steps == config.end_steps, "--stochastic is for the "
+         "halvings: --start-steps must be above --end-steps"),
         (config.uncond != config.uncond.encode(errors="ignore").decode(),
          "--uncond holds bytes that are not text"))
 

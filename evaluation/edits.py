@@ -60,15 +60,16 @@ def edits(config) -> None:
             images = [edit(config, base, row, pixels[i:i + 1], over, strength)
                       for strength in STRENGTHS]
             images.append(edit(config, base, row, pixels[i:i + 1], inside, 1.0, mask))
-            said = {8: f"\n“{over}”", 4: f"\ninpainted: “{inside}”", 2: ""}[steps]
-            labels.append(f"{steps} steps{said}")
+            prompt = {8: f"\n“{over}”", 4: f"\ninpainted: “{inside}”", 2: ""}[steps]
+            labels.append(f"{steps} steps{prompt}")
             shown, left_out = (to_image((255 * real[i] * kept).round().byte())
                                for kept in (1, 1 - mask[0].cpu()))
             lines.append([shown, *images[:-1], left_out, images[-1]])
     headings = ["a postcard", *(f"strength {s:g}" for s in STRENGTHS), "its middle\nleft out",
                 "inpainted"]
     note = (f"The tiny guide, g = {config.g[-1]:g}, on postcards that were drawn, not sampled. "
-            "Left: the prompt of three rows' image-to-image, below it that of their inpainting.")
+            "At the left of each three rows: the prompt for image-to-image, and below it the one "
+            "for inpainting.")
     save_figure(config, labelled_grid(headings, labels, lines, note, 128))
 
 

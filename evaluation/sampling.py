@@ -135,6 +135,8 @@ def guide_row(config, base: Base, name: str) -> Row:
     """The row of the guide of that name, or in that file, by what it says of itself."""
     path = guide_path(base, name)
     described = read_guide(path)
+    require((described.config.kind == "whole", f"{path} is a student, a whole UNet: eval.py "
+             "measures guides only; sample.py --guide takes it"))
     about = described.about
     guide = load_guide(path, base.unet.config, resolve_dtype(config.dtype, config.device),
                        config.device)

@@ -1,16 +1,17 @@
 """Guides trained side by side on the miniature: `python mini/study.py batches`.
 
-All guides of a group see the same postcards, noise, t and g in the same order, so what tells them
-apart is their settings. The base makes its passes once for the whole group; each guide then costs a
+All guides of a group see the same postcards, noise, t and g in the same order: only their settings
+differ. The base makes its passes once for the whole group; each guide then costs a
 decoder pass and its gradient. There are three studies:
 
     batches   kinds of guide × batch sizes × learning rates, at equal numbers of training states
     looking   the seeing guide with one thing changed
     seeds     three trainings of each tiny guide, and the images they make
 
-Each row has the share of the correction that its guide leaves on fresh postcards. A row that is
-there is kept. Rows go to runs/study.json, which begins as a copy of results/study.json, or with
---update-results to that file itself. A group that was cut short begins again.
+Each row has the share of the correction that its guide leaves unexplained on fresh postcards. Rows
+that exist already are kept. They go to runs/study.json, which begins as a copy of
+results/study.json, or with --update-results to that file itself. A group that was cut short begins
+again.
 """
 
 from __future__ import annotations
@@ -77,7 +78,7 @@ STUDIES = {"batches": batches_study, "looking": looking_study, "seeds": seeds_st
 
 
 class Variant(SeeingGuide):
-    """A seeing guide with one thing changed. What did not pay is here only."""
+    """A seeing guide with one thing changed. Variants that brought little exist only here."""
 
     def __init__(self, base: UNetConfig, name: str):
         self.name = name

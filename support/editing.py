@@ -40,9 +40,9 @@ def check(config) -> None:
         (config.invert and config.mask, "--invert and --mask don't work together: leave one out"),
         (config.image and not config.prompt, "--image needs --prompt: what is to be painted"),
         (config.image and config.export, "--export samples nothing: leave out --image"),
-        (config.image and not fits, f"--strength {config.strength}: a number above 0, where "
-         f"nothing would change, and {'at most' if from_noise else 'below'} 1, where the image "
-         "would not be seen"),
+        (config.image and not fits, f"--strength {config.strength}: a number above 0 and "
+         f"{'at most' if from_noise else 'below'} 1; at 0 nothing would change"
+         f"{'' if from_noise else ', and at 1 the image would not be used'}"),
     )
     if config.image:
         check_files(find_images(config.image), expand(config.mask) if config.mask else None)
@@ -98,8 +98,8 @@ def read_mask(path: Path, width: int, height: int) -> Tensor:
     mask = ImageOps.fit(open_image(path).convert("L"), (width, height), Image.Resampling.NEAREST)
     white = torch.frombuffer(bytearray(mask.tobytes()), dtype=torch.uint8) >= 128
     white = white.view(1, 1, height, width).float()
-    require((not to_latent(white).any(), f"--mask {path}: nothing in it is white, so nothing would "
-             "be painted anew"))
+    require((not to_latent(white).any(), f"--mask {path}: nothing in it is white, or only what is "
+             "too thin for the latent's 8 × 8 pixels, so nothing would be painted anew"))
     return white
 
 

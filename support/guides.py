@@ -157,8 +157,8 @@ def fits(path: Path, base: UNetConfig) -> bool:
 
 
 def find_guide(base: Base, kind: str, steps: int, folder: str = "") -> Path | None:
-    """The most suitable guide of a kind, tiny, full or whole, or of a form, that fits the base;
-    None where none does.
+    """The most suitable guide of a kind, tiny, seeing, full or whole, that fits the base; None
+    where none does.
 
     `folder` comes before guides/BASE, and that before guides of other bases and the bundled ones.
     Then come the base's own, those distilled for about so many steps, and those of the paper's
@@ -172,7 +172,7 @@ def find_guide(base: Base, kind: str, steps: int, folder: str = "") -> Path | No
             continue                                    # another file that lies there
         low, high = file.about.get("g_range") or (0, 1)
         form = getattr(file.config, "form", "sum")      # a student has none
-        wanted = kind in (file.config.kind, form)
+        wanted = kind == ("seeing" if form == "seeing" else file.config.kind)
         if wanted and low < high and not (file.trial and pool):
             distance = abs(math.log(steps / file.steps))
             ranked.append((pool, file.about.get("base") != base.name, distance,

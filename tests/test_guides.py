@@ -185,8 +185,9 @@ def test_the_folder_given_comes_before_the_base_s_own_and_that_before_others(her
         assert find_guide(base, "tiny", 8, "given") == Path(path)
         assert find_guide(base, "full", 8, "given") is None
     assert find_guide(base, "tiny", 8) == Path("guides/toy/sum.safetensors")
-    assert find_guide(base, "gated", 8) == Path("guides/toy/gated.safetensors")
-    assert find_guide(base, "seeing", 8) is None
+    write_guide(Path("given/tiny-seeing-8.safetensors"), UNET, "tiny", 8, form="seeing")
+    assert find_guide(base, "seeing", 8, "given") == Path("given/tiny-seeing-8.safetensors")
+    assert find_guide(base, "tiny", 8, "given") == Path("given/deep/er.safetensors")
 
 
 def test_guides_for_a_single_g_and_other_files_are_passed_over(here):

@@ -86,9 +86,11 @@ each_way = pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
 
 @each_way
 @pytest.mark.parametrize("guide", ["tiny", "full", "cfg"])
-def test_a_batch_size_never_changes_an_image(files, guide, way):
+def test_a_batch_size_never_changes_an_image(files, guide, way, capsys):
     line = f"{PROMPT} --n 3 --steps 4 --guide {guide} {way}"
     command(f"{line} --batch 3")
+    assert ("the --n images of a prompt are the same" in capsys.readouterr().err) == (
+        "--invert" in way)
     one_by_one = command(f"{line} --batch 1")
     for together, alone in zip(one_by_one[:3], one_by_one[3:]):
         assert difference(together, alone) <= 1
