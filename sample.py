@@ -458,8 +458,9 @@ def compare(config: Config, base: Base, shots: list[Shot], out: Path) -> None:
         warn(f"--guide {config.guide} is ignored: --compare shows every kind, and adds a guide "
              "that is given by its path")
     methods = {}
+    optional = ("seeing",) if config.transplant else ("seeing", "whole")
     for guide in dict.fromkeys((*METHODS, config.guide)):
-        if guide in ("seeing", "whole") and not guides.find_guide(
+        if guide in optional and not guides.find_guide(
                 base, guide, step_length(config), config.guides):
             continue                                # beyond the paper: shown where there is one
         try:

@@ -409,7 +409,7 @@ def test_compiled_rows_come_last_with_the_time_of_their_first_call(
     result = run_on_gpu(batch=(1,), steps=(2,), compile=True)
     assert result["left out"] == []
     last = [row["what"] for row in result["rows"] if "compiled" in row["what"]]
-    assert last == [row["what"] for row in result["rows"]][-9:]
+    assert last == [row["what"] for row in result["rows"]][-10:]
     assert all("first call, s" in row for row in result["rows"] if row["what"] in last)
     assert "- tiny step, compiled at 8 × 8, batch 1, first call: " in Path(
         "speed.md").read_text(encoding="utf-8")
@@ -423,7 +423,7 @@ def test_where_nothing_compiles_a_sentence_says_so(toy, empty, capsys, monkeypat
     compile = torch.compile
     monkeypatch.setattr(torch, "compile", lambda call, **_: compile(call, backend=broken))
     result, page = measured(capsys, "--compile", "--steps", "1")
-    assert len(result["left out"]) == 6 and len(result["rows"]) == 6 + 3 + 6
+    assert len(result["left out"]) == 7 and len(result["rows"]) == 7 + 4 + 9
     assert all("leave it out (backend='broken' raised" in text for text in result["left out"])
 
 
