@@ -155,10 +155,9 @@ def train_together(base: Base, data: Postcards, rows: list[dict], states: int) -
     return [guide.eval().requires_grad_(False) for guide in guides]
 
 
-def errors(base: Base, rows: list[dict], guides: list[nn.Module], z: Tensor, part,
-           corrections: list[Tensor] | None = None) -> Iterator[Tensor]:
-    """(B,) ‖e − e_teacher‖² of each guide, one after another, as in `ppdd.cfg_distillation`.
-    `corrections` takes what each is without a guide."""
+def errors(base: Base, rows: list[dict], guides: list[nn.Module], z: Tensor, part
+           ) -> Iterator[Tensor]:
+    """(B,) ‖e − e_teacher‖² of each guide, one after another, as in `ppdd.cfg_distillation`."""
     unet, c = base.unet, part.c
     with torch.no_grad():
         emb = unet.embed_time(part.t)
@@ -169,8 +168,6 @@ def errors(base: Base, rows: list[dict], guides: list[nn.Module], z: Tensor, par
     for row, guide in zip(rows, guides):
         g = torch.full_like(part.g, row["g"]) if "g" in row else part.g
         e_teacher = ppdd.cfg(eps_c, eps_empty, g)
-        if corrections is not None:
-            corrections.append((eps_c - e_teacher).square().mean((1, 2, 3)))
         e = unet.decode(features, emb, c, guide(g, emb, c, z, part.t, features))
         yield (e - e_teacher).square().mean((1, 2, 3))
 
@@ -181,17 +178,18 @@ def unexplained(base: Base, rows: list[dict], guides: list[nn.Module], count: in
     """
     data = Postcards(base, count, seed=6000)
     generator, sums = torch.Generator().manual_seed(6000), torch.zeros(2, len(rows))
-    low, high = G_RANGE
+    (low, high), empty = G_RANGE, base.embed([""])
     for places in torch.arange(count).split(128):
         n = len(places)
         noise = torch.randn(2, n, 4, data.side, data.side, generator=generator)
-        part = SimpleNamespace(t=torch.randint(ppdd.TIMESTEPS, (n,), generator=generator),
-                               g=low + (high - low) * torch.rand(n, generator=generator),
-                               c=data.prompt_states(places.tolist()))
-        z = ppdd.add_noise(base.vae.sample(data.moments(places), noise[0]), noise[1], part.t)
-        corrections: list[Tensor] = []
-        found = [*errors(base, rows, guides, z, part, corrections)]
-        sums += torch.stack([torch.stack(x).sum(1) for x in (found, corrections)])
+        t = torch.randint(ppdd.TIMESTEPS, (n,), generator=generator)
+        drawn = low + (high - low) * torch.rand(n, generator=generator)
+        z = ppdd.add_noise(base.vae.sample(data.moments(places), noise[0]), noise[1], t)
+        c = data.prompt_states(places.tolist())
+        for k, (row, guide) in enumerate(zip(rows, guides)):
+            g = torch.full_like(drawn, row["g"]) if "g" in row else drawn
+            found = ppdd.cfg_distillation(base.unet, guide, z, t, c, empty.expand_as(c), g)
+            sums[:, k] += torch.stack([found.error.sum(), found.correction.sum()])
     return [round(share.item(), 4) for share in sums[0] / sums[1]]
 
 
