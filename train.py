@@ -784,11 +784,12 @@ def prepare(config: Config, argv: list[str] | None = None) -> Trainer:
 def begin(config: Config, base: Base, folder: RunFolder,
           command: Callable[..., str]) -> Trainer:
     """The run itself, once its folder is this process's own."""
+    give_images = (f"{base.name} is an inpainting model, and masks images anew in every update: "
+                   "give images with --data, and neither --cache nor --trajectories")
+    unfit = config.cache or config.trajectories or not config.data
+    require((base.inpaints and unfit, give_images))                 # before hours of encoding
     data = load_data(config, base)
-    require((base.inpaints and (config.cache or config.trajectories or not config.data
-                                or not data.image_count),
-             f"{base.name} is an inpainting model, and masks images anew in every update: give "
-             "images with --data, and neither --cache nor --trajectories"))
+    require((base.inpaints and not data.image_count, give_images))
     if not data.image_count:
         config = replace(config, trajectories=1.0)
         print_once(f"{len(data)} prompts without images: training on what the base itself paints")
