@@ -52,12 +52,14 @@ FORMS = ("sum", "gated", "seeing")
 
 
 def batches_study() -> Iterator[list[dict]]:
-    for batch in (32, 128, 512):
-        rates = [(form, optimizer, lr) for form in FORMS
-                 for optimizer, lr in (("adamw", 5e-3), ("muon", 1e-2), ("muon", 3e-2))]
-        yield [TINY | {"form": form, "optimizer": optimizer, "batch": batch, "lr": lr}
-               for form, optimizer, lr in rates]
-        yield [TINY | {"guide": "full", "batch": batch, "lr": lr} for lr in (3e-3, 6e-3, 1.2e-2)]
+    """Two rates for each kind and batch, twice as large where the batch is four times as large."""
+    for batch, lr in ((128, 2e-2), (32, 1e-2), (512, 4e-2)):
+        shared = TINY | {"batch": batch}
+        tiny = [shared | {"form": form, "lr": rate}
+                for form in ("gated", "seeing") for rate in (lr, 2 * lr)]
+        full = [shared | {"guide": "full", "lr": rate} for rate in (0.3 * lr, 0.6 * lr)]
+        adamw = {"form": "gated", "optimizer": "adamw", "lr": 5e-3}
+        yield [*tiny, *full, *([shared | adamw] if batch == 128 else [])]
 
 
 def looking_study() -> Iterator[list[dict]]:
