@@ -26,11 +26,11 @@ from evaluation.cost import table1
 from evaluation.drawings import animation, method
 from evaluation.edits import edits, inversion
 from evaluation.fid import fid
-from evaluation.figures import fig5, fig6, fig7, fig8, quality
+from evaluation.figures import fig5, fig6, fig7, fig8, figfew, quality
 from evaluation.match import features, match
 from evaluation.speed import SpeedConfig, speed
 from evaluation.speed_report import growth
-from evaluation.tables import table2, table3
+from evaluation.tables import few, table2, table3
 from support.cli import flag_of, option, parse, require, run_command
 from support.distributed import print_once, world_size
 from support.machine import DTYPES, find_device
@@ -61,12 +61,14 @@ COMMANDS = {name: Command(*entry) for name, entry in {
     "table1": (table1, "parameters and arithmetic of networks and whole images", "size"),
     "table2": (table2, "guides, CFG and no guidance, by number of steps and g", TABLES),
     "table3": (table3, "the plain base's guides plugged into fine-tuned bases", TABLES + "bases"),
+    "few": (few, "a distilled UNet and guides in 8 steps and fewer", TABLES),
     "match": (match, "how much of the CFG correction a guide explains", SAMPLES),
     "features": (features, "what guides add: how much by t and g, and where", SAMPLES),
     "fig5": (fig5, "the paper's Fig. 5: guides by number of steps", FIGURES),
     "fig6": (fig6, "the paper's Fig. 6: guides beside CFG", FIGURES),
     "fig7": (fig7, "the paper's Fig. 7: what guides add to the decoder", FIGURES),
     "fig8": (fig8, "the paper's Fig. 8: guides in fine-tuned bases", FIGURES + "bases"),
+    "figfew": (figfew, "a distilled UNet beside guides in 8, 4, 2 and 1 steps", FIGURES),
     "edits": (edits, "image-to-image and inpainting with the tiny guide",
               "weights vae device dtype g seed"),
     "inversion": (inversion, "what encoding to noise and decoding changes",

@@ -17,6 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import ppdd
 from clip_text import TextConfig, TextEncoder
 from evaluation.report import markdown_table, result_file, write_result
+from meng import Student
 from support import fast
 from support.base import MINI, load_base
 from support.cli import require
@@ -39,6 +40,7 @@ class Networks(NamedTuple):
     full: ppdd.FullGuide
     tiny: ppdd.TinyGuide
     seeing: ppdd.SeeingGuide
+    student: Student
     side: int
 
 
@@ -50,7 +52,8 @@ def build_networks(size: str) -> Networks:
         unet, vae, text, side = base.unet.config, base.vae.config, base.text.config, 8
     with torch.device("meta"):
         return Networks(UNet(unet), VAE(vae), TextEncoder(text),
-                        ppdd.FullGuide(unet), ppdd.TinyGuide(unet), ppdd.SeeingGuide(unet), side)
+                        ppdd.FullGuide(unet), ppdd.TinyGuide(unet), ppdd.SeeingGuide(unet),
+                        Student(unet), side)
 
 
 # ------------------------------------------------------------------------------- counting
@@ -100,6 +103,7 @@ def pass_costs(nets: Networks) -> dict[str, Macs]:
         "tiny guide, on maps": lambda: _tiny_on_maps(nets.tiny, emb, c, positions),
         "tiny guide, as computed": lambda: nets.tiny(g, emb, c),
         "seeing guide": lambda: nets.seeing(g, emb, c, z, t, features),
+        "student": lambda: nets.student(z, t.long(), c, g),
         "hint encoder": lambda: nets.full.encode_hint(g, z),
         "VAE decoder": lambda: nets.vae.decode(z),
         "text encoder": lambda: nets.text(_token_ids(nets)),
@@ -181,7 +185,7 @@ def _rows(nets: Networks, costs: dict[str, Macs], with_paper: bool) -> list[dict
     """One row a network: parameters, GMACs, and their differences from the paper's in percent."""
     modules = {"base UNet": nets.unet, "teacher": nets.unet, "full guide": nets.full,
                "tiny guide, on maps": nets.tiny, "tiny guide, as computed": nets.tiny,
-               "seeing guide": nets.seeing}
+               "seeing guide": nets.seeing, "student": nets.student}
     rows = []
     for name, module in modules.items():
         row = {"network": name, "parameters": sum(p.numel() for p in module.parameters()),
@@ -212,6 +216,7 @@ def _notes(nets: Networks, costs: dict[str, Macs]) -> dict[str, str]:
             "Eq. 5 says the same at every position, so vectors are enough; adding them to the "
             "features broadcasts. Pooling the text is in the column with attention.",
         "seeing guide": "Not in the paper. It reads the encoder's features at every position.",
+        "student": "Meng et al.'s, all of which is trained and which runs in place of the base.",
     }
 
 

@@ -85,6 +85,16 @@ def fig6(config) -> None:
                    "adds to one pass what the other would have brought.")
 
 
+def figfew(config) -> None:
+    """A distilled UNet beside guides in 8, 4, 2 and 1 steps."""
+    def rows_of(config, base: Base) -> list[Row]:
+        rows = sampling.few_rows(config, base)
+        return [row for row in rows if row.guide and row.steps <= 8 or
+                row.kind == "cfg" and row.steps == sampling.STAGE_ONE]
+
+    _figure_by_row(config, rows_of, "The student is a whole UNet, trained as the guides are.")
+
+
 def _figure_by_row(config, rows_of: Callable[[object, Base], list[Row]], note: str) -> None:
     """A sheet with a column a way of sampling and a line a prompt."""
     config, base, prompts, side = prepare(config)
@@ -107,7 +117,7 @@ def fig8(config) -> None:
         for row in sampling.plugged_in_rows(config, base, sampling.GUIDES):
             if row.only_g is None and (row.guide or row.steps == sampling.STAGE_ONE):
                 labels.append(f"{base.name}\n{heading(row)}")
-                lines.append(images_of(resolved, base, row, prompts, side))
+                lines.append(images_of(resolved, base, row.on(base), prompts, side))
     note = (f"g = {resolved.g[-1]:g}, DDIM, the same noise down a column. The guides were trained "
             "on the plain base only, and are plugged into the fine-tuned ones as they are.")
     save_figure(config, labelled_grid([f"\n{prompt}" for prompt in prompts], labels, lines, note))
@@ -119,7 +129,7 @@ def fig7(config) -> None:
     """Fig. 7: what the stage-one guides add to the decoder, over steps and g."""
     config, base, prompts, side = prepare(config)
     rows = [row for row in sampling.make_rows(config, base)
-            if row.guide and row.steps == sampling.STAGE_ONE]
+            if row.guide and row.kind != "whole" and row.steps == sampling.STAGE_ONE]
     rows = sampling.require_guides(rows, base)
     sheets = [tiny_guide_sheet(base, row, prompts) if row.kind == "tiny" else
               full_guide_sheet(config, base, row, prompts[0], side) for row in rows]

@@ -129,8 +129,11 @@ def compare_with_teacher(base: Base, rows: list[Row], gs: tuple[float, ...], z: 
         e_teacher = ppdd.cfg(eps_c, eps_empty, g)
         guidance = torch.full((len(z),), g, device=z.device)
         for r, row in enumerate(rows):
-            residuals = row.guide(guidance, emb, c, z, t, features)
-            e = unet.decode(features, emb, c, residuals).float()
+            if row.kind == "whole":
+                e = row.guide(z, t, c, guidance)
+            else:
+                residuals = row.guide(guidance, emb, c, z, t, features)
+                e = unet.decode(features, emb, c, residuals).float()
             errors = torch.stack([e - e_teacher, eps_c - e_teacher])
             sums[r, j] = errors.square().mean((2, 3, 4)).sum(1).cpu()
     return sums, e_teacher
@@ -237,7 +240,7 @@ PARTS = 5                       # of the t of a run
 def features(config) -> None:
     """`features`: the norm of what each stage-one guide adds, and its share on edges."""
     config, base, rows, prompts = _prepare(config)
-    rows = stage_one(rows, base)
+    rows = stage_one([row for row in rows if row.kind != "whole"], base)    # which adds nothing
     result = {"protocol": _protocol(config, base, prompts, sampling.STAGE_ONE), "guides": {}}
     for row in tqdm(rows, desc="features", unit="guide"):
         measure = tiny_features if row.kind == "tiny" else full_features

@@ -22,14 +22,17 @@ from support.captions import notes_on, read_prompts
 from support.cli import BadInput, require
 from support.distributed import print_once
 from support.files import expand, sha256
-from support.guides import describe_guide, guide_path, load_guide, read_guide
+from support.guides import describe_guide, guide_path, load_guide, read_guide, transplant
 from support.machine import resolve_dtype
 
 GUIDES = ("full", "full-16", "full-8", "tiny", "tiny-16", "tiny-8", "tiny-8-g8")   # the paper's
 OUR_GUIDES = tuple(f"tiny-{form}{steps}" for form in ("gated", "seeing")
                    for steps in ("", "-16", "-8"))
+# Of `few`: the student of Meng et al., and guides beside it.
+FEW_STEPS = ("whole", *(f"{name}-{steps}" for name in ("whole", "full", "tiny", "tiny-seeing")
+                        for steps in (8, 4, 2, 1)))
 STAGE_ONE = 50                  # steps of a guide that was never halved, and of the teacher
-ONE_G = ("table3", "fig5", "fig6", "fig8", "edits")     # commands that take one g
+ONE_G = ("table3", "few", "fig5", "fig6", "fig8", "edits")      # commands that take one g
 FEW = ("match", "features", "inversion")                # that take 64 images by default
 
 # Image k of seed s starts from noise FIRST_NOISE + NOISE_PER_SEED · s + k. Training, which draws
@@ -45,16 +48,17 @@ class Row(NamedTuple):
 
     name: str                           # in result files and folders: cfg-50, tiny-8
     title: str
-    kind: str                           # none, cfg, full, tiny or seeing
+    kind: str                           # none, cfg, full, tiny, seeing or whole
     steps: int
     sampler: str = "ddim"
-    guide: nn.Module | None = None
+    guide: nn.Module | None = None      # or a student
     file: Path | None = None            # the guide's, and its SHA-256
     guide_hash: str = ""
     only_g: float | None = None         # the one g that it is made for; no guidance is g = 0
     stage_one: bool = True              # not halved, for any g, against the empty prompt
     guided: tuple[int, int] | None = None     # CFG from this step to before that one; None: in all
     leading: bool = False               # on `leading_grid`
+    original: Path | None = None        # the base that a student is to be moved from
 
     @property
     def passes(self) -> tuple[int, int]:
@@ -70,8 +74,17 @@ class Row(NamedTuple):
     @property
     def unusual(self) -> dict:
         """Settings that few rows have, named only by those, so that no other cell's key changes."""
-        few = {"guided steps": self.guided, "spacing": self.leading and "leading"}
+        few = {"guided steps": self.guided, "spacing": self.leading and "leading",
+               "moved": self.original is not None}
         return {name: value for name, value in few.items() if value}
+
+    def on(self, base: Base) -> Row:
+        """The row on a base: the same, but for a student that is to be moved to it."""
+        if not self.original:
+            return self
+        student = transplant(self.file, self.original, base)
+        fast.prepack(student)
+        return self._replace(guide=student)
 
     @property
     def source(self) -> str | None:
@@ -101,6 +114,10 @@ WITHOUT_GUIDE = (Row("none-50", "no guidance, 50 steps", "none", 50, only_g=0.0)
                        guided=(a, b))
                    for name, (where, ways) in RIVALS.items() for n, a, b in ways))
 
+CFG_IN_FEW = (Row("cfg-4", "CFG, DDIM, 4 steps", "cfg", 4),
+              Row("cfg-2", "CFG, DDIM, 2 steps", "cfg", 2),
+              Row("cfg-1", "CFG, DDIM, 1 step", "cfg", 1))
+
 
 def leading_grid(steps: int) -> list[int]:
     """The N + 1 timesteps of SD's own spacing: 981, 961 … 1 for 50 steps, and 0 at the end.
@@ -126,17 +143,22 @@ def make_rows(config, base: Base, names: tuple[str, ...] = ()) -> list[Row]:
         except BadInput as error:
             if name in config.guides:
                 raise
-            if name not in OUR_GUIDES:
+            if name in GUIDES:
                 print_once(f"a row is left out: {error}")
     return rows
+
+
+def few_rows(config, base: Base) -> list[Row]:
+    """CFG in ever fewer steps, a student, and guides of few steps, as far as they are there."""
+    every = [row for row in make_rows(config, base, FEW_STEPS)
+             if row.sampler == "ddim" and not row.guided]
+    return sorted([*every, *CFG_IN_FEW], key=lambda row: row.guide is not None)
 
 
 def guide_row(config, base: Base, name: str) -> Row:
     """The row of the guide of that name, or in that file, by what it says of itself."""
     path = guide_path(base, name)
     described = read_guide(path)
-    require((described.config.kind == "whole", f"{path} is a student, a whole UNet: eval.py "
-             "measures guides only; sample.py --guide takes it"))
     about = described.about
     guide = load_guide(path, base.unet.config, resolve_dtype(config.dtype, config.device),
                        config.device)
@@ -146,11 +168,13 @@ def guide_row(config, base: Base, name: str) -> Row:
     low, high = about.get("g_range") or (0, 1)
     only_g = low if low == high else None
     name = path.stem.removesuffix(f"-g{low:g}").removesuffix(f"-{steps}")
-    title = f"{name} guide, {steps} steps"
+    kind = described.config.kind
+    title = name.replace("whole", "student") if kind == "whole" else f"{name} guide"
+    title += f", {steps} steps" if steps > 1 else ", 1 step"
     if only_g is not None:
         title += f", trained at g = {low:g} only"
     stage_one = not about.get("steps") and only_g is None and not about.get("uncond")
-    kind = "seeing" if described.config.form == "seeing" else described.config.kind
+    kind = "seeing" if getattr(described.config, "form", "") == "seeing" else kind
     return Row(path.stem, title, kind, steps, "ddim", guide, path, sha256(path), only_g, stage_one)
 
 
@@ -162,11 +186,17 @@ def require_guides(rows: list[Row], base: Base, what: str = "guide") -> list[Row
 
 
 def plugged_in_rows(config, base: Base, names: tuple[str, ...] = ()) -> list[Row]:
-    """No guidance, CFG and the plain base's guides (of these names), for a fine-tune of it."""
+    """No guidance, CFG and the plain base's guides (of these names), for a fine-tune of it.
+
+    Students are there twice: as they are, and moved.
+    """
     given = config.bases or config.weights
     plain = replace(base, path=bases.find_weights(config.weights) if given else bases.MINI)
     rows = require_guides(make_rows(config, plain, names), plain)
-    return [row for row in rows if row.sampler == "ddim" and not row.guided]
+    moved = [row._replace(name=f"{row.name}-moved", original=plain.path,
+                          title=row.title.replace("student", "student moved by its difference"))
+             for row in rows if row.kind == "whole"]
+    return [*(row for row in rows if row.sampler == "ddim" and not row.guided), *moved]
 
 
 # ------------------------------------------------------------------------------- bases, settings

@@ -33,7 +33,8 @@ from support.files import write_json
 from support.machine import commit, hardware, provenance, resolve_dtype
 
 TITLES = {"table2": "Table 2: guides, CFG and their numbers of steps",
-          "table3": "Table 3: guides of the plain base, plugged into fine-tuned bases untrained"}
+          "table3": "Table 3: guides of the plain base, plugged into fine-tuned bases untrained",
+          "few": "Few steps: a distilled UNet, and guides beside it"}
 ONE_PER_FILE = ("prompts", "images a cell and seed", "seeds", "g", "size")    # of the protocol
 
 
@@ -188,11 +189,21 @@ def _spread(values: list[float], digits: int) -> float | None:
 
 def table2(config) -> None:
     """`table2`: every row for one base, into results/table2.json and .md."""
+    _tabulate_one_base(config, sampling.make_rows)
+
+
+def few(config) -> None:
+    """`few`: a distilled UNet, and guides in 8 steps and fewer, into results/few.json and .md."""
+    _tabulate_one_base(config, sampling.few_rows)
+
+
+def _tabulate_one_base(config, rows_of: Callable[[object, Base], list[Row]]) -> None:
     with init_distributed(config.device) as device:
         config = replace(config, device=device)
         base = sampling.load(config, find_weights(config.weights))
-        require((len(config.real) > 1, "--real: table2 has one base, and one set of real images"))
-        rows = sampling.make_rows(config, base)
+        require((len(config.real) > 1,
+                 f"--real: {config.command} has one base, and one set of real images"))
+        rows = rows_of(config, base)
         tabulate(sampling.resolve_defaults(config), rows, [base], [base.name])
 
 
@@ -230,15 +241,17 @@ def tabulate(config, rows: list[Row], bases: Iterable[Base], names: list[str]) -
             require((len(shapes) > 1, f"{base.path} has another size than a base before it: give "
                                       "fine-tunes of one base"))
             work = Cells(config, base, config.real[k % len(config.real)] if config.real else "")
+            here = {row.name: row.on(base) for row in rows}
             if rank() == 0:
                 result["protocol"] = protocol(work)
                 check_same(file, previous, result["protocol"], work, rows)
                 kept = kept_rows(work, rows, previous) if config.rows else {}
                 if kept:                # which may have been measured at more g
                     result["protocol"]["g"] = sorted({*config.g, *previous["protocol"]["g"]})
+            cells = [cell._replace(row=here[cell.row.name]) for cell in cells]
             work.run(cells, bar)
             if rank() == 0:
-                result["bases"][base.name] = finished_base(work, cells, rows, kept)
+                result["bases"][base.name] = finished_base(work, cells, [*here.values()], kept)
             barrier()
     if rank() == 0:
         report.write_result(file, result, table_page(config.command, result))

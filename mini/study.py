@@ -2,11 +2,12 @@
 
 All guides of a group see the same postcards, noise, t and g in the same order: only their settings
 differ. The base makes its passes once for the whole group; each guide then costs a
-decoder pass and its gradient. There are three studies:
+decoder pass and its gradient. There are four studies:
 
     batches   kinds of guide × batch sizes × learning rates, at equal numbers of training states
     looking   the seeing guide with one thing changed
     seeds     three trainings of each tiny guide, and the images they make
+    student   a distilled copy of the whole UNet beside the full guide
 
 Each row has the share of the correction that its guide leaves unexplained on fresh postcards. Rows
 that exist already are kept. They go to runs/study.json, which begins as a copy of
@@ -32,6 +33,7 @@ from tqdm import tqdm
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+import meng  # noqa: E402
 import ppdd  # noqa: E402
 from mini.dataset import Postcards  # noqa: E402
 from mini.judge import Benchmark, judge_hash, load_judge  # noqa: E402
@@ -73,7 +75,13 @@ def seeds_study() -> Iterator[list[dict]]:
                TINY | {"seed": seed, "g": 8.0}]
 
 
-STUDIES = {"batches": batches_study, "looking": looking_study, "seeds": seeds_study}
+def student_study() -> Iterator[list[dict]]:
+    full, whole = TINY | {"guide": "full", "lr": 6e-3}, TINY | {"guide": "whole"}
+    yield [full, whole | {"optimizer": "adamw", "lr": 1e-3}, whole | {"lr": 2e-3}]
+
+
+STUDIES = {"batches": batches_study, "looking": looking_study, "seeds": seeds_study,
+           "student": student_study}
 
 
 # ------------------------------------------------------------------------------- variants
@@ -126,6 +134,8 @@ VARIANTS = ("SiLU after the product", "depthwise 3×3", "shared among equal widt
 def build(base: UNetConfig, row: dict) -> nn.Module:
     if "variant" in row:
         return Variant(base, row["variant"])
+    if row["guide"] == "whole":
+        return meng.Student(base)
     return ppdd.build_guide(base, GuideConfig(kind=row["guide"], form=row["form"]))
 
 
@@ -170,7 +180,10 @@ def errors(base: Base, rows: list[dict], guides: list[nn.Module], z: Tensor, par
     for row, guide in zip(rows, guides):
         g = torch.full_like(part.g, row["g"]) if "g" in row else part.g
         e_teacher = ppdd.cfg(eps_c, eps_empty, g)
-        e = unet.decode(features, emb, c, guide(g, emb, c, z, part.t, features))
+        if row["guide"] == "whole":
+            e = guide(z, part.t, c, g)
+        else:
+            e = unet.decode(features, emb, c, guide(g, emb, c, z, part.t, features))
         yield (e - e_teacher).square().mean((1, 2, 3))
 
 
@@ -190,7 +203,8 @@ def unexplained(base: Base, rows: list[dict], guides: list[nn.Module], count: in
         c = data.prompt_states(places.tolist())
         for k, (row, guide) in enumerate(zip(rows, guides)):
             g = torch.full_like(drawn, row["g"]) if "g" in row else drawn
-            found = ppdd.cfg_distillation(base.unet, guide, z, t, c, empty.expand_as(c), g)
+            paper = meng if row["guide"] == "whole" else ppdd
+            found = paper.cfg_distillation(base.unet, guide, z, t, c, empty.expand_as(c), g)
             sums[:, k] += torch.stack([found.error.sum(), found.correction.sum()])
     return [round(share.item(), 4) for share in sums[0] / sums[1]]
 

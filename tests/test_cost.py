@@ -31,10 +31,14 @@ def test_table1_is_the_paper_s_or_says_why_not(table1):
         else:
             assert row["network"] in ("base UNet", "teacher", "full guide")
     rows = {row["network"]: row for row in table1["rows"]}
-    assert len(rows) == 6 and rows["teacher"]["GMACs"] == 2 * rows["base UNet"]["GMACs"]
+    assert len(rows) == 7 and rows["teacher"]["GMACs"] == 2 * rows["base UNet"]["GMACs"]
     assert rows["base UNet"]["parameters"] == 859_520_964
     assert rows["full guide"]["parameters"] == 361_279_120
     assert rows["tiny guide, on maps"]["parameters"] == 8_273_920 + 16 * 768
+    embeds_g = 320 * 1280 + 1280 * 1280
+    assert rows["student"]["parameters"] == 859_520_964 + embeds_g + 2 * 1280
+    assert rows["student"]["GMACs"] == pytest.approx(
+        rows["base UNet"]["GMACs"] + embeds_g / 1e9, rel=1e-12)
     # Θ_z3 and look at every position of 64², 32², 16² and 8²; what makes v once.
     at_each = 640 * (320 * (3 * 64**2 + 32**2) + 640 * (2 * 32**2 + 16**2)
                      + 1280 * (2 * 16**2 + 4 * 8**2))

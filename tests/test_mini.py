@@ -202,6 +202,7 @@ def test_guides_trained_together_are_those_trained_alone(monkeypatch):
     data = Postcards(base, 8, seed=1)
     rows = [study.TINY | {"batch": 4, "form": form} for form in study.FORMS]
     rows += [rows[2] | {"variant": name} for name in study.VARIANTS] + [rows[0] | {"g": 8.0}]
+    rows.insert(0, rows[0] | {"guide": "whole", "optimizer": "adamw", "lr": 1e-3})
     together = study.train_together(base, data, rows, states=8)
     alone = [study.train_together(base, data, [row], states=8)[0] for row in (rows[2], rows[-1])]
     for one, other in zip(alone, (together[2], together[-1])):
@@ -209,6 +210,7 @@ def test_guides_trained_together_are_those_trained_alone(monkeypatch):
     shares = study.unexplained(base, rows, together, count=4)
     assert len(set(shares)) == len(rows)                        # no two of them are the same
     fresh = [study.build(base.unet.config, row) for row in rows]
+    fresh[0].start_from(base.unet)
     assert study.unexplained(base, rows, fresh, count=4) == [1] * len(rows)
 
 

@@ -24,6 +24,7 @@ from eval_helpers import (  # noqa: F401
     STEPS,
     WITHOUT_GUIDE,
     command,
+    drawn_on,
     empty,
     make_styles,
     postcard_folder,
@@ -41,10 +42,13 @@ import ppdd
 import support.base
 from evaluation import metrics, sampling, tables
 from evaluation.features import load_clip
+from evaluation.sampling import Row
+from meng import Student, StudentConfig
 from mini import postcards
 from mini.judge import load_judge
 from support import fast, images
 from support.base import MINI, NO_WEIGHTS, load_base
+from support.guides import save_guide
 from unet import UNet
 
 
@@ -470,6 +474,57 @@ def test_table3(workspace):
     command("table3 --quick", *FEW[:2])
     quick = table("runs/eval/table3-quick.json")["bases"]
     assert list(quick) == list(bases) and "references" in quick["cartoon"]["measured by"]
+
+
+def fresh_student(name: str, steps: int) -> Path:
+    """A student of the miniature that learned nothing: it makes what the base makes unguided."""
+    base, path = load_base(MINI), Path("guides/mini") / f"{name}.safetensors"
+    student = Student(base.unet.config)
+    student.start_from(base.unet)
+    save_guide(path, student, StudentConfig(), {"base": "mini", "steps": steps})
+    return path
+
+
+def test_few_steps_have_the_student_beside_guides(workspace, monkeypatch):
+    fresh_student("whole-1", 1)
+    monkeypatch.setattr(sampling, "CFG_IN_FEW", (Row("cfg-1", "CFG, DDIM, 1 step", "cfg", 1),))
+    monkeypatch.setattr(sampling, "FEW_STEPS", ("whole-1", "tiny-2", "tiny-1"))
+    command("few", *FEW)
+    rows = table("runs/eval/few.json")["bases"]["mini"]["rows"]
+    assert list(rows) == ["none-2", "cfg-2", "cfg-1", "whole-1", "tiny-2"]
+    assert rows["whole-1"]["title"] == "student, 1 step"
+    assert (rows["whole-1"]["UNet passes"], rows["whole-1"]["guide passes"]) == (1, 0)
+    config = sampling.resolve_defaults(script.Config("few", count=3, batch=2, device="cpu"))
+    cells = tables.Cells(config, load_base(MINI))
+    student = sampling.guide_row(config, cells.base, "whole-1")
+    free = Row("none-1", "", "none", 1)
+    images = [sampling.generate(cells.base, row, ["a red boat"] * 2, 8.0, (1, 2), 64)
+              for row in (student, free)]
+    assert (images[0].int() - images[1].int()).abs().max() <= 1
+    command("figfew")
+    drawn_on("runs/eval/figfew.png")
+
+
+def test_a_student_is_moved_to_each_fine_tune(workspace):
+    """One that learned nothing becomes the fine-tune itself; as it is, it stays the plain base."""
+    path = fresh_student("whole", 0)
+    config = sampling.resolve_defaults(
+        script.Config("table3", device="cpu", guides=(str(path),), bases=("x",)))
+    fine_tune = load_base(MINI)
+    with torch.no_grad():
+        for parameter in fine_tune.unet.parameters():
+            parameter.mul_(1.01)
+    rows = {row.name: row for row in sampling.plugged_in_rows(config, fine_tune)}
+    assert rows["whole"].title == "student, 2 steps"
+    assert rows["whole-moved"].title == "student moved by its difference, 2 steps"
+    assert rows["whole"].unusual == {} and rows["whole-moved"].unusual == {"moved": True}
+    z, t, g = torch.randn(2, 4, 8, 8), torch.tensor([9, 700]), torch.tensor([2.0, 8.0])
+    c = fine_tune.embed(["a boat", "a car"])
+    plain = load_base(MINI).unet
+    for name, like in (("whole", plain), ("whole-moved", fine_tune.unet)):
+        student = rows[name].on(fine_tune).guide
+        assert (student(z, t, c, g) - like(z, t, c)).abs().max() < 2e-2      # fp16 in the file
+    assert (plain(z, t, c) - fine_tune.unet(z, t, c)).abs().max() > 0.05
 
 
 @pytest.mark.full
