@@ -139,4 +139,4 @@ def test_table1_of_the_miniature_in_markdown(empty, capsys):
     assert result["rows"][0]["parameters"] == count and f"{count:,}" in printed
     assert "paper" not in result["rows"][0] and "the miniature, 64 x 64" in printed
     lines = [line for line in printed.splitlines() if line.startswith("|")]
-    assert len(lines) == 2 + 6 + 2 + 4 and {line.count("|") for line in lines[:8]} == {9}
+    assert len(lines) == 2 + 7 + 2 + 4 and {line.count("|") for line in lines[:9]} == {9}

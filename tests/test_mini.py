@@ -84,13 +84,14 @@ def test_cfg_follows_captions_and_no_guidance_does_so_much_less(bench):
 def test_all_guides_of_the_readme_are_bundled():
     names = {p.stem for p in GUIDES.glob("*.safetensors")}
     assert names >= {"tiny", "tiny-16", "tiny-8", "full", "full-16", "full-8", "tiny-8-g8",
-                     "tiny-gated", "tiny-gated-16", "tiny-gated-8"}
+                     "tiny-gated", "tiny-gated-16", "tiny-gated-8",
+                     "tiny-seeing", "tiny-seeing-16", "tiny-seeing-8"}
 
 
 @pytest.mark.full
 def test_every_bundled_guide_beats_no_guidance(bench):
     free = bench.measure("no guidance", 0., 8)["caption accuracy"]["all"]
-    for name in ("full-8", "tiny-8", "tiny-8-g8", "tiny-gated-8"):
+    for name in ("full-8", "tiny-8", "tiny-8-g8", "tiny-gated-8", "tiny-seeing-8"):
         guide = load_guide(GUIDES / f"{name}.safetensors", bench.base.unet.config)
         assert bench.measure(name, 8., 8, guide)["caption accuracy"]["all"] > free
 

@@ -91,12 +91,33 @@ def inversion() -> Iterator[str]:
         yield f"| {row['title']} | {' | '.join(cells)} |"
 
 
+def distances() -> Iterator[str]:
+    """How far each way ends from CFG's latents; of CFG's variants those of fewer steps only."""
+    for name, row in results("match")["distance"].items():
+        if name in ("cfg-16", "cfg-8") or not name.startswith("cfg"):
+            cells = (f"{row['by g'][g]:.1f}" if g in row["by g"] else "" for g in ("2", "8"))
+            yield f"| {row['title']} | {' | '.join(cells)} |"
+
+
+def seeing() -> Iterator[str]:
+    """The stage-one guides side by side, at g = 8 and 50 steps."""
+    match = results("match")
+    for name in ("full", "tiny", "tiny-gated", "tiny-seeing"):
+        row, shares = table2_rows()[name], match["guides"][name]
+        cells = (f"{shares[NOISED]['all']:.1f}", f"{shares[TRAJECTORIES]['all']:.1f}",
+                 f"{match['distance'][name]['by g']['8']:.1f}", score(row),
+                 score(row, "CLIP-FID"))
+        yield f"| {name} | {' | '.join(cells)} |"
+
+
 def features() -> Iterator[str]:
     guides = results("features")["guides"]
     for name, guide in guides.items():
         yield f"| {name}, norm | {' | '.join(f'{v:.1f}' for v in guide['norm']['8'].values())} |"
-    shares = guides["full"]["on edges"]["8"].values()
-    yield f"| full, share on edges | {' | '.join(f'{v:.2f}' for v in shares)} |"
+    for name, guide in guides.items():
+        if "on edges" in guide:
+            shares = guide["on edges"]["8"].values()
+            yield f"| {name}, share on edges | {' | '.join(f'{v:.2f}' for v in shares)} |"
 
 
 def trials() -> Iterator[str]:
@@ -196,7 +217,8 @@ def beside_the_paper() -> Iterator[str]:
              "full": ("18.19", "30.05"), "full-16": ("20.74", "29.91"),
              "full-8": ("29.53", "29.84"), "tiny": ("19.74", "30.23"),
              "tiny-16": ("23.14", "30.53"), "tiny-8": ("36.22", "30.23"),
-             "tiny-8-g8": ("23.97", "30.45")}
+             "tiny-8-g8": ("23.97", "30.45"), "tiny-seeing": ("–", "–"),
+             "tiny-seeing-16": ("–", "–"), "tiny-seeing-8": ("–", "–")}
     for name, scores in paper.items():
         row = table2_rows()[name]
         yield (f"| {row['title'].replace(', DDIM', '')} | {passes(row)} "
@@ -205,8 +227,8 @@ def beside_the_paper() -> Iterator[str]:
 
 
 @pytest.mark.parametrize("page, lines", [
-    *((RESULTS, lines) for lines in (table1, table2, table3, plugged_in, match, looking, features,
-                                     inversion, trials,
+    *((RESULTS, lines) for lines in (table1, table2, table3, plugged_in, match, distances, seeing,
+                                     looking, features, inversion, trials,
                                      speed, speed_on_a_gpu, eager_on_a_gpu, growth_on_a_gpu,
                                      training_on_a_gpu, miniature)),
     (README, beside_the_paper)], ids=lambda value: getattr(value, "__name__", ""))
