@@ -24,7 +24,7 @@ from typing import NamedTuple
 from evaluation.clip_score import clip_score
 from evaluation.cost import table1
 from evaluation.drawings import animation, method
-from evaluation.edits import edits, inversion
+from evaluation.edits import edits, inversion, restyle
 from evaluation.fid import fid
 from evaluation.figures import fig5, fig6, fig7, fig8, figfew, quality
 from evaluation.match import features, match
@@ -71,6 +71,8 @@ COMMANDS = {name: Command(*entry) for name, entry in {
     "figfew": (figfew, "a distilled UNet beside guides in 8, 4, 2 and 1 steps", FIGURES),
     "edits": (edits, "image-to-image and inpainting with the tiny guide",
               "weights vae device dtype g seed"),
+    "restyle": (restyle, "postcards in another style, by encoding and decoding",
+                "weights vae device dtype g seed bases"),
     "inversion": (inversion, "what encoding to noise and decoding changes",
                   "weights vae device dtype g seed guides count"),
     "quality": (quality, "a result of table2 as a chart: quality over time", "quick"),

@@ -1,13 +1,16 @@
-"""Meng et al.'s applications on postcards of the miniature: a figure, and a table of inversion.
+"""Meng et al.'s applications on postcards of the miniature: figures, and a table of inversion.
 
 `eval.py edits` draws image-to-image at three strengths and inpainting, both with the tiny guide in
-8, 4 and 2 steps. `eval.py inversion` encodes postcards to the noise that they come from, decodes
-them again with the same prompt and g, and measures what that changed.
+8, 4 and 2 steps. `eval.py restyle` encodes postcards to the noise that they come from, and decodes
+them with fine-tuned bases. `eval.py inversion` decodes them with the same base, prompt and g, and
+measures what that changed.
 
 Shapes: B images, Z latent channels.
 """
 
 from __future__ import annotations
+
+import random
 
 import torch
 from PIL import Image
@@ -85,6 +88,31 @@ def edit(config, base: Base, row: Row, pixels: Tensor, prompt: str, strength: fl
     return to_image(base.decode(z)[0].cpu())
 
 
+def restyle(config) -> None:
+    """`restyle`: postcards in another style. The plain base encodes them, fine-tunes decode."""
+    files = sampling.style_files(config)
+    config, base = _load(config)
+    styles = [sampling.load(config, file) for file in files]
+    real = postcards.draw(ATTRIBUTES, generator=torch.Generator().manual_seed(config.seed))
+    prompts = [postcards.caption(a, random.Random(config.seed), left_out=False)
+               for a in ATTRIBUTES]
+    x, c, g = base.encode(real.to(base.device) * 2 - 1, 0), base.embed(prompts), config.g[-1]
+    guides = (sampling.guide_row(config, base, name) for name in ("tiny", "tiny-16", "tiny-8"))
+    labels, lines = [], []
+    for row in (sampling.WITHOUT_GUIDE[1], *guides):
+        noise = to_noise(base, row, x, c, g)
+        images = [other.decode(from_noise(other, row, noise, other.embed(prompts), g)).cpu()
+                  for other in styles]
+        for i, prompt in enumerate(prompts):
+            labels.append(f"{row.title}\n“{prompt}”")
+            lines.append([to_image((255 * real[i]).round().byte()),
+                          *(to_image(image[i]) for image in images)])
+    note = (f"Postcards that were drawn, encoded by the plain base and decoded by others, both at "
+            f"g = {g:g} under the prompt at the left.")
+    headings = ["a postcard", *(other.name for other in styles)]
+    save_figure(config, labelled_grid(headings, labels, lines, note, 128))
+
+
 # ------------------------------------------------------------------------------- the table
 
 def inversion(config) -> None:
@@ -108,13 +136,22 @@ def inversion(config) -> None:
     write_result(result_file(config), result, inversion_page(result))
 
 
-@torch.no_grad()
+def to_noise(base: Base, row: Row, x: Tensor, c: Tensor, g: float) -> Tensor:
+    """Latents x (B, Z, H, W), encoded under c (B, L, D) and g: the noise that a row makes x of."""
+    empty = base.embed([""]).expand_as(c) if row.kind == "cfg" else None
+    return fast.sample(base.unet, x, c, g, row.steps, row.guide, empty, meng.invert,
+                       grid=ppdd.step_grid(row.steps)[::-1])
+
+
+def from_noise(base: Base, row: Row, z: Tensor, c: Tensor, g: float) -> Tensor:
+    """The latents (B, Z, H, W) that a row makes of noise z."""
+    empty = base.embed([""]).expand_as(c) if row.kind == "cfg" else None
+    return fast.sample(base.unet, z, c, g, row.steps, row.guide, empty)
+
+
 def reconstruction_error(base: Base, row: Row, x: Tensor, c: Tensor, g: float) -> float:
     """Of latents x (B, Z, H, W), encoded to noise and decoded again under c (B, L, D) and g."""
-    empty = base.embed([""]).expand_as(c) if row.kind == "cfg" else None
-    grid = ppdd.step_grid(row.steps)
-    z = fast.sample(base.unet, x, c, g, row.steps, row.guide, empty, meng.invert, grid=grid[::-1])
-    z = fast.sample(base.unet, z, c, g, row.steps, row.guide, empty, grid=grid)
+    z = from_noise(base, row, to_noise(base, row, x, c, g), c, g)
     return round((base.decode(z).float() - base.decode(x).float()).abs().mean().item(), 2)
 
 

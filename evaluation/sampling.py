@@ -32,7 +32,8 @@ OUR_GUIDES = tuple(f"tiny-{form}{steps}" for form in ("gated", "seeing")
 FEW_STEPS = ("whole", *(f"{name}-{steps}" for name in ("whole", "full", "tiny", "tiny-seeing")
                         for steps in (8, 4, 2, 1)))
 STAGE_ONE = 50                  # steps of a guide that was never halved, and of the teacher
-ONE_G = ("table3", "few", "fig5", "fig6", "fig8", "edits")      # commands that take one g
+# Commands that take one g.
+ONE_G = ("table3", "few", "fig5", "fig6", "fig8", "edits", "restyle")
 FEW = ("match", "features", "inversion")                # that take 64 images by default
 
 # Image k of seed s starts from noise FIRST_NOISE + NOISE_PER_SEED · s + k. Training, which draws

@@ -7,7 +7,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from eval_helpers import STEPS, command, empty, refusal, workspace  # noqa: F401
+from eval_helpers import (  # noqa: F401
+    STEPS,
+    command,
+    drawn_on,
+    empty,
+    make_styles,
+    refusal,
+    workspace,
+)
 from PIL import Image
 
 import eval as script
@@ -41,6 +49,21 @@ def test_edits_change_what_they_are_to_and_keep_the_rest(workspace):
     assert change(painted, (0, 0, 64, 6)) < 6 < change(painted, (20, 12, 44, 44))
 
 
+@pytest.mark.full
+def test_a_postcard_keeps_its_content_where_the_other_base_is_the_same(workspace, capsys):
+    assert "train.py --styles-only" in refusal(capsys, "restyle")
+    make_styles(workspace)
+    command("restyle")
+    drawn_on("runs/eval/restyle.png")
+    config = sampling.resolve_defaults(script.Config(command="restyle", device="cpu"))
+    base, other = load_base(MINI), load_base(workspace / "mini/styles/cartoon.safetensors")
+    real = postcards.draw(edits.ATTRIBUTES, generator=torch.Generator().manual_seed(0))
+    x, c = base.encode(real * 2 - 1, 0), base.embed(["a red boat", "a white house"])
+    row = sampling.guide_row(config, base, "tiny-8")
+    z = edits.from_noise(other, row, edits.to_noise(base, row, x, c, 2.0), c, 2.0)
+    assert (base.decode(z).float() - base.decode(x).float()).abs().mean() < 20
+
+
 def test_inversion_is_measured_from_the_vae_s_own_reconstruction(workspace):
     command("inversion --count 2 --g 0.5 8")
     result = json.loads(Path("runs/eval/inversion.json").read_text())
@@ -69,5 +92,6 @@ def test_inversion_is_measured_from_the_vae_s_own_reconstruction(workspace):
 
 def test_other_bases_are_refused(workspace, capsys, monkeypatch):
     monkeypatch.setattr(type(load_base(MINI)), "is_miniature", False)
-    for name in ("edits", "inversion"):
+    make_styles(workspace)
+    for name in ("edits", "inversion", "restyle"):
         assert "it is for the miniature" in refusal(capsys, name)
