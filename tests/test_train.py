@@ -318,6 +318,11 @@ def test_defaults_suit_the_device(size, device, batch, images, grids):
         settings = train.resolve_defaults(train.Config(guide=guide), base)
         assert (settings.batch, settings.images, settings.grid_every) == (batch, images, grids)
         assert settings.updates == train.DEFAULTS[size, guide, device].updates
+    seeing = train.resolve_defaults(train.Config(form="seeing"), base)
+    tiny = train.DEFAULTS[size, "tiny", device]
+    suits = train.DEFAULTS.get((size, "seeing", device), tiny)
+    assert (seeing.optimizer, seeing.lr, seeing.batch) == (suits.optimizer, suits.lr, suits.batch)
+    assert (suits == tiny) == (size == "sd")
     trial = train.resolve_defaults(train.Config(max_updates=9, batch=2, grid_every=7), base)
     assert (trial.batch, trial.images, trial.grid_every, trial.updates) == (2, 80, 7, 9)
     with pytest.raises(BadInput, match=f"at most --batch {batch}"):
