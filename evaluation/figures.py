@@ -293,6 +293,8 @@ def _draw_curves(axes, rows: list[dict], score: str, g: str) -> None:
         x = [row["milliseconds"]["median"] for row in points]
         y = [cell["mean"][score] for cell in cells]
         spread = [cell["spread"][score] or 0 for cell in cells]
-        axes.errorbar(x, y, spread, fmt="osD^vP*X"[k % 8] + "-", capsize=3, label=method)
+        color = f"C{(k - 1) % 10}" if k else "black"    # there are ten, and no guidance has none
+        axes.errorbar(x, y, spread, fmt="osD^vP*X"[k % 8] + "-", color=color, capsize=3,
+                      label=method)
         for row, point in zip(points, zip(x, y)):
             axes.annotate(row["steps"], point, (5, 5), textcoords="offset points", fontsize=8)

@@ -365,8 +365,8 @@ def inversion_claims() -> Iterator[str]:
     yield f"CFG's error is {cfg['2']} at g = 2 and {cfg['4']} at g = 4, the full guide's " \
           f"{full['2']} and {full['4']}."
     cfg, full = rows["cfg-50"], rows["full"]
-    yield f"CFG's grows from {cfg['2']} at g = 2 to {cfg['8']} at g = 8, and the full guide's is " \
-          f"{full['2']} and {full['8']}."
+    yield f"CFG's grows from {cfg['2']} at g = 2 to {cfg['8']} at g = 8, the full guide's from " \
+          f"{full['2']} to {full['8']}."
 
 
 def feature_claims() -> Iterator[str]:
