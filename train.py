@@ -99,7 +99,7 @@ class Config:
                                        "'shards/{00000..00012}.tar'; "
                                        "COCO's captions.json:FOLDER; a text file of prompts, one a "
                                        "line. May be given again (the miniature draws its own)")
-    images: int = option(0, "the miniature's training images; 0: 6000, on a GPU 40000, or with "
+    images: int = option(0, "the miniature's training images; 0: what suits, or with "
                             "--max-updates at most 40 batches", low=0, high=10**6)
     size: int = option(512, "side of the training images, pixels (small bases: always 64)",
                        low=64, high=2048)
@@ -129,8 +129,8 @@ class Config:
                             high=1000)
     stochastic: bool = option(False, "halvings also train on the odd points of the teacher's grid, "
                                      "which --sampler stochastic visits")
-    batch: int = option(0, "images an update, those of all processes together; 0: 32, for the "
-                           "miniature on a GPU 1024", low=0, high=65536)
+    batch: int = option(0, "images an update, those of all processes together; 0: what "
+                           "suits", low=0, high=65536)
     trajectories: float = option(0.0, "share of a batch taken not from noised images but from the "
                                       "teacher's own sampling; 1 where there are only prompts",
                                  low=0, high=1)
@@ -175,17 +175,17 @@ class Defaults(NamedTuple):
     images: int = 6000          # of the miniature
 
 
-# The miniature's on a CPU made the bundled tiny guides (RESULTS.md says how they were chosen). On a
-# GPU an update of 1,024 images takes hardly longer than one of 32, and all stages should end within
-# 2 and 5 minutes of an H100. Of those only stage one of "full" was tried, for 2,309 and for 5,535
-# updates; the rest and all halvings were not. "seeing" is the tiny guide of that form; where it has
-# no line, those of "tiny" suit it. SD 1.5's are starting points that nobody has tried: ControlNet's
-# usual rate for the full guide, ten times that for the tiny one, whose layers are few and start
-# from nothing. Halving changes a guide that is good already, so its rate is a fraction of that.
-# "whole" trains as many updates as the full guide. Of its rates only the miniature's in stage one
-# was tried, for 60 updates on a CPU: AdamW at 5e-4 and 2e-3 did better than Muon at 2e-3 and 6e-3.
-# SD 1.5's are a usual rate of fine-tuning. Meng et al. train 3,000 updates of batch 512, then 2,000
-# a halving, and 20,000 each at 4, 2 and 1 steps.
+# The miniature's on a CPU made the bundled tiny guides (RESULTS.md says how they were chosen, and
+# what made the full one). "seeing" is the tiny guide of that form; where it has no line, those of
+# "tiny" suit it. On a GPU an update of 1,024 images takes hardly longer than one of 32. All stages
+# should end in 2 minutes of an H100 for "tiny" and 5 for "full". Only stage one of "full" was
+# tried, for 2,309 and for 5,535 updates. SD 1.5's are starting points that nobody has tried:
+# ControlNet's usual rate for the full guide, ten times that for the tiny one, whose layers are few
+# and start from nothing. Halving changes a guide that is good already, so its rate is a fraction of
+# that. "whole" trains as many updates as the full guide. Of its rates only the miniature's in stage
+# one was tried, for 60 updates on a CPU: AdamW at 5e-4 and 2e-3 did better than Muon at 2e-3 and
+# 6e-3. SD 1.5's are a usual rate of fine-tuning. Meng et al. train 3,000 updates of batch 512, then
+# 2,000 a halving, and 20,000 each at 4, 2 and 1 steps.
 DEFAULTS = {
     ("mini", "tiny", "cpu"): Defaults("adamw", 5e-3, 6000, 1e-3, 500),
     ("mini", "seeing", "cpu"): Defaults("muon", 3e-2, 1000, 5e-3, 120, 128, 12_000),

@@ -47,7 +47,7 @@ def _load(config) -> tuple[object, Base]:
     return sampling.resolve_defaults(config), base
 
 
-# ------------------------------------------------------------------------------- the figure
+# ------------------------------------------------------------------------------- the figures
 
 def edits(config) -> None:
     """`edits`: image-to-image and inpainting, a row a postcard and a number of steps."""
@@ -137,7 +137,7 @@ def inversion(config) -> None:
 
 
 def to_noise(base: Base, row: Row, x: Tensor, c: Tensor, g: float) -> Tensor:
-    """Latents x (B, Z, H, W), encoded under c (B, L, D) and g: the noise that a row makes x of."""
+    """Latents x (B, Z, H, W) encoded under c (B, L, D) and g: the noise that a row makes x from."""
     empty = base.embed([""]).expand_as(c) if row.kind == "cfg" else None
     return fast.sample(base.unet, x, c, g, row.steps, row.guide, empty, meng.invert,
                        grid=ppdd.step_grid(row.steps)[::-1])
@@ -150,7 +150,8 @@ def from_noise(base: Base, row: Row, z: Tensor, c: Tensor, g: float) -> Tensor:
 
 
 def reconstruction_error(base: Base, row: Row, x: Tensor, c: Tensor, g: float) -> float:
-    """Of latents x (B, Z, H, W), encoded to noise and decoded again under c (B, L, D) and g."""
+    """How far encoding latents x (B, Z, H, W) to noise and decoding them again, under c (B, L, D)
+    and g, moves a pixel: the mean absolute difference, of 255."""
     z = from_noise(base, row, to_noise(base, row, x, c, g), c, g)
     return round((base.decode(z).float() - base.decode(x).float()).abs().mean().item(), 2)
 

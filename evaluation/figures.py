@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -78,7 +79,7 @@ def fig6(config) -> None:
     """Fig. 6: the guides beside CFG, from the same noise."""
     def rows_of(config, base: Base) -> list[Row]:
         rows = sampling.plugged_in_rows(replace(config, weights=str(base.path)), base)
-        return [row for row in rows if row.steps == sampling.STAGE_ONE]
+        return [row for row in rows if row.steps == sampling.STAGE_ONE and not row.original]
 
     _figure_by_row(config, rows_of,
                    "CFG runs the UNet twice a step, with the prompt and without; a guide, told g, "
@@ -89,10 +90,11 @@ def figfew(config) -> None:
     """A distilled UNet beside guides in 8, 4, 2 and 1 steps."""
     def rows_of(config, base: Base) -> list[Row]:
         rows = sampling.few_rows(config, base)
-        return [row for row in rows if row.guide and row.steps <= 8 or
-                row.kind == "cfg" and row.steps == sampling.STAGE_ONE]
+        sampling.require_guides([row for row in rows if row.kind == "whole"], base, "student")
+        return [row for row in rows if (row.guide and row.steps <= 8)
+                or (row.kind == "cfg" and row.steps == sampling.STAGE_ONE)]
 
-    _figure_by_row(config, rows_of, "The student is a whole UNet, trained as the guides are.")
+    _figure_by_row(config, rows_of, "The student is a whole UNet, distilled as the guides are.")
 
 
 def _figure_by_row(config, rows_of: Callable[[object, Base], list[Row]], note: str) -> None:
@@ -119,7 +121,7 @@ def fig8(config) -> None:
                 labels.append(f"{base.name}\n{heading(row)}")
                 lines.append(images_of(resolved, base, row.on(base), prompts, side))
     note = (f"g = {resolved.g[-1]:g}, DDIM, the same noise down a column. The guides were trained "
-            "on the plain base only, and are plugged into the fine-tuned ones as they are.")
+            "on the plain base only.")
     save_figure(config, labelled_grid([f"\n{prompt}" for prompt in prompts], labels, lines, note))
 
 
@@ -285,7 +287,7 @@ def _draw_curves(axes, rows: list[dict], score: str, g: str) -> None:
     curves: dict[str, list[dict]] = {}
     for row in rows:
         if {g, "0"} & row["cells"].keys():
-            method = row["title"].replace(f", {row['steps']} steps", "")
+            method = re.sub(r", \d+ steps?", "", row["title"])
             curves.setdefault(method, []).append(row)
     for k, (method, points) in enumerate(curves.items()):
         points = sorted(points, key=lambda row: row["milliseconds"]["median"])
@@ -293,7 +295,7 @@ def _draw_curves(axes, rows: list[dict], score: str, g: str) -> None:
         x = [row["milliseconds"]["median"] for row in points]
         y = [cell["mean"][score] for cell in cells]
         spread = [cell["spread"][score] or 0 for cell in cells]
-        color = f"C{(k - 1) % 10}" if k else "black"    # there are ten, and no guidance has none
+        color = f"C{(k - 1) % 10}" if k else "black"    # matplotlib has ten; no guidance is black
         axes.errorbar(x, y, spread, fmt="osD^vP*X"[k % 8] + "-", color=color, capsize=3,
                       label=method)
         for row, point in zip(points, zip(x, y)):

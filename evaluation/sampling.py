@@ -34,7 +34,7 @@ FEW_STEPS = ("whole", *(f"{name}-{steps}" for name in ("whole", "full", "tiny", 
 STAGE_ONE = 50                  # steps of a guide that was never halved, and of the teacher
 # Commands that take one g.
 ONE_G = ("table3", "few", "fig5", "fig6", "fig8", "edits", "restyle")
-FEW = ("match", "features", "inversion")                # that take 64 images by default
+SMALL = ("match", "features", "inversion")      # and those that take 64 images by default
 
 # Image k of seed s starts from noise FIRST_NOISE + NOISE_PER_SEED · s + k. Training, which draws
 # from small seeds, never sees it, and no two seeds of a table share any.
@@ -132,7 +132,8 @@ def leading_grid(steps: int) -> list[int]:
 def make_rows(config, base: Base, names: tuple[str, ...] = ()) -> list[Row]:
     """The rows of a base: without a guide, with the guides of these names, and of --guides.
 
-    Guides that are not there are left out, with a line for each, unless --guides asked for them.
+    Guides that are not there are left out, unless --guides asked for them; of the paper's and of a
+    student a line says so.
     """
     rows = [*WITHOUT_GUIDE]
     for name in dict.fromkeys((*(names or (*GUIDES, *OUR_GUIDES)), *config.guides)):
@@ -144,7 +145,7 @@ def make_rows(config, base: Base, names: tuple[str, ...] = ()) -> list[Row]:
         except BadInput as error:
             if name in config.guides:
                 raise
-            if name in GUIDES:
+            if name in GUIDES or name.startswith("whole"):
                 print_once(f"a row is left out: {error}")
     return rows
 
@@ -238,7 +239,7 @@ def resolve_defaults(config):
     g = (8.0,) if config.command in ONE_G else (2.0, 8.0) if quick else (2.0, 4.0, 6.0, 8.0)
     config = replace(
         config, g=tuple(dict.fromkeys(config.g)) or g, seeds=config.seeds or (2 if quick else 3),
-        count=count or (8 if quick else 64 if config.command in FEW else 300),
+        count=count or (8 if quick else 64 if config.command in SMALL else 300),
         references=config.references or (200 if quick else 2000),
         repeats=config.repeats or (1 if quick else 3))
     require((config.count > NOISE_PER_SEED, f"--count {config.count}: at most {NOISE_PER_SEED}"),

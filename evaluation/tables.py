@@ -345,7 +345,7 @@ def protocol(work: Cells) -> dict:
 # ------------------------------------------------------------------------------- the page
 
 def table_page(command: str, result: dict) -> str:
-    """A result of Table 2 or 3 in Markdown: the table, then its protocol."""
+    """A result in Markdown: the table, then its protocol."""
     rows = [(name, row) for name, base in result["bases"].items() for row in base["rows"].values()]
     gs = sorted({g for _, row in rows for g in row["cells"]}, key=float)
     measured = next(iter(result["bases"].values()))["measured by"]

@@ -1,8 +1,8 @@
 """Guides trained side by side on the miniature: `python mini/study.py batches`.
 
 All guides of a group see the same postcards, noise, t and g in the same order: only their settings
-differ. The base makes its passes once for the whole group; each guide then costs a
-decoder pass and its gradient. There are four studies:
+differ. The base makes its passes once for the whole group; each guide then costs a decoder pass and
+its gradient. There are four studies:
 
     batches   kinds of guide × batch sizes × learning rates, at equal numbers of training states
     looking   the seeing guide with one thing changed
@@ -54,7 +54,8 @@ FORMS = ("sum", "gated", "seeing")
 
 
 def batches_study() -> Iterator[list[dict]]:
-    """Two rates for each kind and batch, twice as large where the batch is four times as large."""
+    """Two rates for each kind and batch, twice as large where the batch is four times as large; and
+    AdamW, at one batch."""
     for batch, lr in ((128, 2e-2), (32, 1e-2), (512, 4e-2)):
         shared = TINY | {"batch": batch}
         tiny = [shared | {"form": form, "lr": rate}

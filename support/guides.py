@@ -134,8 +134,8 @@ def transplant(path: Path, original: str | Path, base: Base) -> Student:
     student = load_guide(path, base.unet.config, device=base.device)    # float32: it is subtracted
     unet = load_unet(find_weights(original), device=base.device)
     if unet.config != student.config:
-        raise BadInput(f"--transplant {original}: its UNet has other sizes than that of {path}, so "
-                       "it can't be the base that this was distilled on")
+        raise BadInput(f"{original}: its UNet has other sizes than that of {path}, so it can't be "
+                       "the base that this was distilled on")
     return meng.transplant(student, unet, base.unet).to(base.unet.dtype)
 
 

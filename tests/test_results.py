@@ -92,11 +92,10 @@ def inversion() -> Iterator[str]:
 
 
 def distances() -> Iterator[str]:
-    """How far each way ends from CFG's latents; of CFG's variants those of fewer steps only."""
-    for name, row in results("match")["distance"].items():
-        if name in ("cfg-16", "cfg-8") or not name.startswith("cfg"):
-            cells = (f"{row['by g'][g]:.1f}" if g in row["by g"] else "" for g in ("2", "8"))
-            yield f"| {row['title']} | {' | '.join(cells)} |"
+    """How far each way ends from CFG's latents."""
+    for row in results("match")["distance"].values():
+        cells = (f"{row['by g'][g]:.1f}" if g in row["by g"] else "" for g in ("2", "8"))
+        yield f"| {row['title']} | {' | '.join(cells)} |"
 
 
 def seeing() -> Iterator[str]:
@@ -263,8 +262,8 @@ def claims() -> Iterator[str]:
     yield f"full guide: {accuracy('full')}, CLIP-FID {fid('full')}."
     yield f"caption accuracy, {accuracy('tiny')}, but its CLIP-FID is worse: {fid('tiny')}."
     yield f"to a CLIP score of {clip('tiny')} against CFG's {clip('cfg-50')}."
-    yield f"The seeing guide has {accuracy('tiny-seeing')}, a CLIP-FID of " \
-          f"{fid('tiny-seeing')} and a CLIP score of {clip('tiny-seeing')}."
+    yield f"has {accuracy('tiny-seeing')}, a CLIP-FID of {fid('tiny-seeing')} and a CLIP score " \
+          f"of {clip('tiny-seeing')}."
     yield f"It reaches {accuracy('tiny-gated')}, with a CLIP-FID of {fid('tiny-gated')}."
     yield f"Confirmed: {accuracy('full-8')}, CLIP-FID {fid('full-8')}, with one UNet pass per step."
     yield f"CFG in 8 steps reaches {accuracy('cfg-8')}."
@@ -278,7 +277,7 @@ def claims() -> Iterator[str]:
     yield f"at g = 2 is {clip('tiny', '2')}, where CFG's is {clip('cfg-50', '2')}"
     yield f"from {accuracy('tiny-gated', '2')} to {accuracy('tiny-gated')}, and its CLIP score " \
           f"at g = 2 is {clip('tiny-gated', '2')}."
-    yield f"the seeing guide's {accuracy('tiny-seeing', '2')}, {accuracy('tiny-seeing')} and " \
+    yield f"the three values are {accuracy('tiny-seeing', '2')}, {accuracy('tiny-seeing')} and " \
           f"{clip('tiny-seeing', '2')}."
     yield f"leaves {left('full', NOISED)} of the correction unexplained, the seeing guide " \
           f"{left('tiny-seeing', NOISED)}, the gated one {left('tiny-gated', NOISED)} and the " \
@@ -287,15 +286,22 @@ def claims() -> Iterator[str]:
     yield f"On CFG's own trajectories they leave {traced} and {left('tiny', TRAJECTORIES)}: all but"
     where = results("match")["correction"][TRAJECTORIES]
     early = sum(share for span, share in where.items() if int(span.split("–")[0]) >= 700)
-    yield f"CFG decides early what an image shows: {early:.1f} % of its correction lies above"
+    yield f"Above t = 700, which holds {early:.1f} % of the correction,"
     spans = guides["tiny-seeing"][TRAJECTORIES]["by t"]
-    yield f"the seeing guide {spans['900–999']:.1f} % at first."
+    yield f"and the seeing guide {spans['900–999']:.1f} % at first."
     worst = max(guides["tiny-gated"][TRAJECTORIES]["by t"].values())
-    yield f"up to {worst:.1f} % of the correction"
-    apart = results("match")["distance"]
-    yield f"it is {apart['full']['by g']['8']:.1f} % for the full guide and " \
-          f"{apart['tiny']['by g']['8']:.1f} % for the tiny one."
+    yield f"up to {worst:.1f} %: the image"
+    yield f"{distance('full')} for the full guide and {distance('tiny')} for the tiny one."
     yield f"no guidance ({fid('none-50')})"
+
+
+def distance(name: str) -> str:
+    return f"{results('match')['distance'][name]['by g']['8']:.1f} %"
+
+
+def distance_claims() -> Iterator[str]:
+    yield f"in the first half ends at {distance('cfg-half-16')} at g = 8, the seeing guide at " \
+          f"{distance('tiny-seeing-16')} and the tiny guide at {distance('tiny-16')}."
 
 
 def trial_claims() -> Iterator[str]:
@@ -376,11 +382,13 @@ def feature_claims() -> Iterator[str]:
             for g, values in guide["norm"].items()}
     tiny, full, seeing = (norm[name, "8"] for name in ("tiny", "full", "tiny-seeing"))
     edges, seen = ([*guides[name]["on edges"]["8"].values()] for name in ("full", "tiny-seeing"))
-    yield f"norm falls from {max(tiny):.1f} to {tiny[-1]:.1f}, the full guide's from " \
-          f"{max(full):.1f} to {full[-1]:.1f} and the seeing guide's from {max(seeing):.1f} to " \
-          f"{seeing[-1]:.1f}."
-    yield f"In the last steps edges get {edges[-1]:.2f} of their share from the full guide and " \
-          f"{seen[-1]:.2f} from the seeing one, in the first {edges[0]:.2f} and {seen[0]:.2f}."
+    yield f"norm falls from {max(tiny):.1f} to {tiny[-1]:.1f}, and for the seeing one, from " \
+          f"{max(seeing):.1f} to {seeing[-1]:.1f}."
+    yield f"full guide's is {full[0]:.1f} in the first steps, {full[1]:.1f} after them and " \
+          f"{full[-1]:.1f} in the last."
+    yield f"In the last steps edges get {edges[-1]:.2f} times their share from the full guide " \
+          f"and {seen[-1]:.2f} times from the seeing one; in the first, {edges[0]:.2f} and " \
+          f"{seen[0]:.2f} times."
     yield f"grows from {norm['full', '2'][0]:.1f} at g = 2 to {full[0]:.1f} at g = 8, and the " \
           f"tiny guide's from {norm['tiny', '2'][0]:.1f} to {tiny[0]:.1f}."
 
@@ -452,7 +460,8 @@ def training_claims() -> Iterator[str]:
 
 @pytest.mark.parametrize("begin, end, expected, others", [
     ("## Table 1", "## Table 2", cost_claims, []),
-    ("## A tiny guide that sees", "## The paper's claims", looking_claims, []),
+    ("## Teacher match", "## A tiny guide that sees", distance_claims, []),
+    ("## A tiny guide that sees", "## The paper's claims", looking_claims, ["5.7 million"]),
     ("## The paper's claims", "## How the paper was read", claims, []),
     ("## What was tried", "## Figures", trial_claims, ["114.5 %", "43.2 %", "82.8 %", "43.6 %"]),
     ("### What the guides add", "## Editing images", feature_claims, ["Section 5.4"]),
@@ -485,7 +494,8 @@ def test_the_limits_state_the_teacher_match():
 
 def test_tiny_guides_leave_more_than_all_on_trajectories_below_t_700():
     text = " ".join(RESULTS.split())
-    assert "lies above t = 700, where every guide leaves less than 100 %" in text
+    assert re.search(r"Above t = 700, which holds \S+ % of the correction, every guide leaves less "
+                     "than 100 %", text)
     assert "Below t = 700 the tiny guides and the seeing one leave more than 100 %" in text
     for name, shares in results("match")["guides"].items():
         for span, share in shares[TRAJECTORIES]["by t"].items():
