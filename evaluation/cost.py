@@ -216,7 +216,8 @@ def _notes(nets: Networks, costs: dict[str, Macs]) -> dict[str, str]:
             "Eq. 5 says the same at every position, so vectors are enough; adding them to the "
             "features broadcasts. Pooling the text is in the column with attention.",
         "seeing guide": "Not in the paper. It reads the encoder's features at every position.",
-        "student": "Meng et al.'s. All of it is trained, and it replaces the base.",
+        "student": "Of the paper's predecessor, Meng et al. All of it is trained, and it replaces "
+                   "the base.",
     }
 
 

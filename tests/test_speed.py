@@ -19,6 +19,7 @@ import eval as script
 import ppdd
 from clip_text import TextEncoder
 from evaluation import cost, speed, speed_report, timing, workload
+from meng import Student
 from support import capture, fast
 from support.cli import BadInput, check_bounds
 from unet import UNet
@@ -38,7 +39,7 @@ def toy_networks(size: str) -> cost.Networks:
     with torch.device("meta"):
         return cost.Networks(UNet(TOY_UNET), VAE(TOY_VAE), TextEncoder(TOY_TEXT),
                              ppdd.FullGuide(TOY_UNET), ppdd.TinyGuide(TOY_UNET),
-                             ppdd.SeeingGuide(TOY_UNET), 8)
+                             ppdd.SeeingGuide(TOY_UNET), Student(TOY_UNET), 8)
 
 
 @pytest.fixture
