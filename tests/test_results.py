@@ -356,6 +356,13 @@ def looking_claims() -> Iterator[str]:
     yield f"In 8 steps its caption accuracy is {score(rows['tiny-seeing-8'])} %, with a CLIP-FID " \
           f"of {score(rows['tiny-seeing-8'], 'CLIP-FID')}."
     yield f"has {score(rows['cfg-50'])} % and {score(rows['cfg-50'], 'CLIP-FID')}."
+    pairs = [(cell_of(rows["tiny-seeing" + suffix], g)["mean"], cell_of(rows[cfg], g)["mean"])
+             for suffix, cfg in (("", "cfg-50"), ("-16", "cfg-16"), ("-8", "cfg-8"))
+             for g in "2468"]
+    worst = max(cfg[ACCURACY] - seeing[ACCURACY] for seeing, cfg in pairs)
+    above = [100 * (seeing["CLIP-FID"] / cfg["CLIP-FID"] - 1) for seeing, cfg in pairs]
+    yield f"its accuracy is at most {worst:.1f} points below that of CFG with as many steps, and " \
+          f"its CLIP-FID {min(above):.1f} to {max(above):.1f} % above."
     yield f"leaves {left['seeing']:.1f} % where the gated form leaves {left['gated']:.1f} %,"
     yield f"leaves {left['half as wide']:.1f} %, one twice as wide {left['twice as wide']:.1f} %."
     yield f"gains {left['seeing'] - left['depthwise 3×3']:.1f} points"
