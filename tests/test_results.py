@@ -300,8 +300,9 @@ def distance(name: str) -> str:
 
 
 def distance_claims() -> Iterator[str]:
-    yield f"in the first half ends at {distance('cfg-half-16')} at g = 8, the seeing guide at " \
-          f"{distance('tiny-seeing-16')} and the tiny guide at {distance('tiny-16')}."
+    yield f"in the first half ends at {distance('cfg-half-16')}, the full guide at " \
+          f"{distance('full-16')}, the seeing guide at {distance('tiny-seeing-16')} and the tiny " \
+          f"guide at {distance('tiny-16')}."
 
 
 def trial_claims() -> Iterator[str]:
