@@ -97,17 +97,18 @@ def restyle(config) -> None:
     prompts = [postcards.caption(a, random.Random(config.seed), left_out=False)
                for a in ATTRIBUTES]
     x, c, g = base.encode(real.to(base.device) * 2 - 1, 0), base.embed(prompts), config.g[-1]
+    texts = [other.embed(prompts) for other in styles]
     guides = (sampling.guide_row(config, base, name) for name in ("tiny", "tiny-16", "tiny-8"))
     labels, lines = [], []
     for row in (sampling.WITHOUT_GUIDE[1], *guides):
         noise = to_noise(base, row, x, c, g)
-        images = [other.decode(from_noise(other, row, noise, other.embed(prompts), g)).cpu()
-                  for other in styles]
+        images = [other.decode(sampling.run(other, row, noise, text, g)).cpu()
+                  for other, text in zip(styles, texts)]
         for i, prompt in enumerate(prompts):
             labels.append(f"{row.title}\n“{prompt}”")
             lines.append([to_image((255 * real[i]).round().byte()),
                           *(to_image(image[i]) for image in images)])
-    note = (f"Postcards that were drawn, encoded by the plain base and decoded by others, both at "
+    note = ("Postcards that were drawn, encoded by the plain base and decoded by others, both at "
             f"g = {g:g} under the prompt at the left.")
     headings = ["a postcard", *(other.name for other in styles)]
     save_figure(config, labelled_grid(headings, labels, lines, note, 128))
@@ -138,21 +139,14 @@ def inversion(config) -> None:
 
 def to_noise(base: Base, row: Row, x: Tensor, c: Tensor, g: float) -> Tensor:
     """Latents x (B, Z, H, W) encoded under c (B, L, D) and g: the noise that a row makes x from."""
-    empty = base.embed([""]).expand_as(c) if row.kind == "cfg" else None
-    return fast.sample(base.unet, x, c, g, row.steps, row.guide, empty, meng.invert,
-                       grid=ppdd.step_grid(row.steps)[::-1])
-
-
-def from_noise(base: Base, row: Row, z: Tensor, c: Tensor, g: float) -> Tensor:
-    """The latents (B, Z, H, W) that a row makes of noise z."""
-    empty = base.embed([""]).expand_as(c) if row.kind == "cfg" else None
-    return fast.sample(base.unet, z, c, g, row.steps, row.guide, empty)
+    return sampling.run(base, row, x, c, g, sampler=meng.invert,
+                        grid=ppdd.step_grid(row.steps)[::-1])
 
 
 def reconstruction_error(base: Base, row: Row, x: Tensor, c: Tensor, g: float) -> float:
     """How far encoding latents x (B, Z, H, W) to noise and decoding them again, under c (B, L, D)
     and g, moves a pixel: the mean absolute difference, of 255."""
-    z = from_noise(base, row, to_noise(base, row, x, c, g), c, g)
+    z = sampling.run(base, row, to_noise(base, row, x, c, g), c, g)
     return round((base.decode(z).float() - base.decode(x).float()).abs().mean().item(), 2)
 
 

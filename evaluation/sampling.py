@@ -59,7 +59,7 @@ class Row(NamedTuple):
     stage_one: bool = True              # not halved, for any g, against the empty prompt
     guided: tuple[int, int] | None = None     # CFG from this step to before that one; None: in all
     leading: bool = False               # on `leading_grid`
-    original: Path | None = None        # the base that a student is to be moved from
+    original: tuple[Path, str] | None = None  # the base a student is moved from, and its SHA-256
 
     @property
     def passes(self) -> tuple[int, int]:
@@ -76,14 +76,14 @@ class Row(NamedTuple):
     def unusual(self) -> dict:
         """Settings that few rows have, named only by those, so that no other cell's key changes."""
         few = {"guided steps": self.guided, "spacing": self.leading and "leading",
-               "moved": self.original is not None}
+               "moved from": self.original and self.original[1]}
         return {name: value for name, value in few.items() if value}
 
     def on(self, base: Base) -> Row:
         """The row on a base: the same, but for a student that is to be moved to it."""
         if not self.original:
             return self
-        student = transplant(self.file, self.original, base)
+        student = transplant(self.file, self.original[0], base)
         fast.prepack(student)
         return self._replace(guide=student)
 
@@ -195,7 +195,7 @@ def plugged_in_rows(config, base: Base, names: tuple[str, ...] = ()) -> list[Row
     given = config.bases or config.weights
     plain = replace(base, path=bases.find_weights(config.weights) if given else bases.MINI)
     rows = require_guides(make_rows(config, plain, names), plain)
-    moved = [row._replace(name=f"{row.name}-moved", original=plain.path,
+    moved = [row._replace(name=f"{row.name}-moved", original=(plain.path, plain.sha256),
                           title=row.title.replace("student", "student moved by its difference"))
              for row in rows if row.kind == "whole"]
     return [*(row for row in rows if row.sampler == "ddim" and not row.guided), *moved]
@@ -310,9 +310,14 @@ def sample_latents(base: Base, row: Row, prompts: list[str], g: float, seeds: It
                    side: int, step: Callable[..., Tensor] | None = None) -> Tensor:
     """The latents (B, Z, H, W) of those images."""
     c = base.embed(prompts)                                                        # (B, L, D)
-    empty = base.embed([""]).expand_as(c) if row.kind == "cfg" else None
     shape = (base.unet.config.in_channels, side // 8, side // 8)
     z = ppdd.noise(seeds, shape).to(c.device)                                      # (B, Z, H, W)
-    return fast.sample(base.unet, z, c, g, row.steps, row.guide, empty, row.sampler,
-                       step=step, grid=leading_grid(row.steps) if row.leading else None,
-                       guided=range(*row.guided) if row.guided else None)
+    return run(base, row, z, c, g, sampler=row.sampler, step=step,
+               grid=leading_grid(row.steps) if row.leading else None,
+               guided=range(*row.guided) if row.guided else None)
+
+
+def run(base: Base, row: Row, z: Tensor, c: Tensor, g: float, **more) -> Tensor:
+    """What a row makes of z (B, Z, H, W) under c (B, L, D); more is for `fast.sample`."""
+    empty = base.embed([""]).expand_as(c) if row.kind == "cfg" else None
+    return fast.sample(base.unet, z, c, g, row.steps, row.guide, empty, **more)

@@ -241,13 +241,13 @@ def tabulate(config, rows: list[Row], bases: Iterable[Base], names: list[str]) -
             require((len(shapes) > 1, f"{base.path} has another size than a base before it: give "
                                       "fine-tunes of one base"))
             work = Cells(config, base, config.real[k % len(config.real)] if config.real else "")
-            here = {row.name: row.on(base) for row in rows}
             if rank() == 0:
                 result["protocol"] = protocol(work)
                 check_same(file, previous, result["protocol"], work, rows)
                 kept = kept_rows(work, rows, previous) if config.rows else {}
                 if kept:                # which may have been measured at more g
                     result["protocol"]["g"] = sorted({*config.g, *previous["protocol"]["g"]})
+            here = {row.name: row.on(base) for row in rows}
             cells = [cell._replace(row=here[cell.row.name]) for cell in cells]
             work.run(cells, bar)
             if rank() == 0:

@@ -47,7 +47,7 @@ from meng import Student, StudentConfig
 from mini import postcards
 from mini.judge import load_judge
 from support import fast, images
-from support.base import MINI, NO_WEIGHTS, load_base
+from support.base import MINI, NO_WEIGHTS, base_sha256, load_base
 from support.guides import save_guide
 from unet import UNet
 
@@ -517,7 +517,8 @@ def test_a_student_is_moved_to_each_fine_tune(workspace):
     rows = {row.name: row for row in sampling.plugged_in_rows(config, fine_tune)}
     assert rows["whole"].title == "student, 2 steps"
     assert rows["whole-moved"].title == "student moved by its difference, 2 steps"
-    assert rows["whole"].unusual == {} and rows["whole-moved"].unusual == {"moved": True}
+    assert rows["whole"].unusual == {} and rows["whole-moved"].unusual == {
+        "moved from": base_sha256(MINI)}
     z, t, g = torch.randn(2, 4, 8, 8), torch.tensor([9, 700]), torch.tensor([2.0, 8.0])
     c = fine_tune.embed(["a boat", "a car"])
     plain = load_base(MINI).unet
