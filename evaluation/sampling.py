@@ -266,7 +266,7 @@ class Prompts:
         self.config = config
         self.own_captions = base.is_miniature and not config.prompts
         self._by_seed: dict[int, tuple[list[str], Tensor | None]] = {}
-        self.style = base.name if base.name in postcards.STYLES else postcards.STYLES[0]
+        self.style = postcards.style_of(base.name)
         require((not base.is_miniature and not config.prompts,
                  f"--prompts is needed with {base.name}: a text file of prompts, or COCO's "
                  "captions_val2014.json"))

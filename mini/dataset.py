@@ -18,12 +18,15 @@ ON_CPU, ON_GPU = 250, 1000
 
 
 class Postcards:
-    """`count` postcards with captions, drawn by seed: support.data.CaptionedImages' interface."""
+    """`count` postcards with captions, drawn by seed, in the base's style:
+    support.data.CaptionedImages' interface."""
 
     def __init__(self, base: Base, count: int, seed: int):
         self.base = base
         self.image_count = count
-        self.identity = f"postcards {count} {seed}"
+        self.style = postcards.style_of(base.name)
+        self.identity = f"postcards {count} {seed}" + (
+            f" {self.style}" if self.style != postcards.STYLES[0] else "")
         self.skipped: dict[int | str, str] = {}
         self.texts: list[str] = []
         generator = torch.Generator().manual_seed(seed)
@@ -32,7 +35,7 @@ class Postcards:
         attributes = postcards.sample_attributes(count, generator)
         parts = attributes.split(ON_CPU if base.device.type == "cpu" else ON_GPU)
         for part in tqdm(parts, desc="drawing postcards", leave=False):
-            images = postcards.draw(part.to(base.device), generator=generator)
+            images = postcards.draw(part.to(base.device), self.style, generator)
             captions = [postcards.caption(a, rng) for a in part]
             moments.append(base.vae.encode(images * 2 - 1))
             states.append(base.embed(captions).half())                     # half the memory

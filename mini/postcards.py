@@ -394,6 +394,11 @@ def finish(image: Tensor, style: str) -> Tensor:
     return image.clamp(0, 1)
 
 
+def style_of(base_name: str) -> str:
+    """The style of a base: a fine-tune has the name of its style; all others paint postcards."""
+    return base_name if base_name in STYLES else STYLES[0]
+
+
 def draw(attributes: Tensor, style: str = "postcard",
          generator: torch.Generator | None = None) -> Tensor:
     """Images (B, 3, 64, 64) in 0 … 1 of attributes (B, 6), on their device.

@@ -1,5 +1,6 @@
 """Training data: images as people have them, what stands in for bad ones, and the cache."""
 
+import dataclasses
 import hashlib
 import io
 import multiprocessing
@@ -450,6 +451,18 @@ def test_postcards_do_not_depend_on_how_many_are_drawn_together(base, monkeypatc
     assert [len(images) for images in drawn] == [7, 3, 3, 1]
     assert torch.equal(drawn[0], torch.cat(drawn[1:])) and together.texts == apart.texts
     torch.testing.assert_close(together._moments, apart._moments, rtol=1e-3, atol=1e-3)
+
+
+def test_a_fine_tune_trains_on_postcards_in_its_own_style(base, monkeypatch):
+    styles = []
+    draw = postcards.draw
+    monkeypatch.setattr(postcards, "draw", lambda attributes, style, generator: (
+        styles.append(style) or draw(attributes, style, generator)))
+    plain = Postcards(base, 2, 1)
+    styled = Postcards(dataclasses.replace(base, path=Path("watercolor")), 2, 1)
+    assert styles == ["postcard", "watercolor"] and plain.texts == styled.texts
+    assert not torch.equal(plain._moments, styled._moments)
+    assert (plain.identity, styled.identity) == ("postcards 2 1", "postcards 2 1 watercolor")
 
 
 def test_postcards_are_drawn_by_seed_with_the_same_interface(base):
