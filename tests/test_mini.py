@@ -85,8 +85,9 @@ def test_cfg_follows_captions_and_no_guidance_does_so_much_less(bench):
 def test_all_guides_of_the_readme_are_bundled():
     names = {p.stem for p in GUIDES.glob("*.safetensors")}
     assert names >= {"tiny", "tiny-16", "tiny-8", "full", "full-16", "full-8", "tiny-8-g8",
-                     "tiny-gated", "tiny-gated-16", "tiny-gated-8",
-                     "tiny-seeing", "tiny-seeing-16", "tiny-seeing-8"}
+                     "tiny-4", "tiny-2", "tiny-gated", "tiny-gated-16", "tiny-gated-8",
+                     "tiny-seeing", "tiny-seeing-16", "tiny-seeing-8",
+                     "tiny-seeing-4", "tiny-seeing-2", "tiny-seeing-1"}
 
 
 @pytest.mark.full

@@ -3,12 +3,15 @@
 import json
 import re
 from collections.abc import Callable, Iterator
+from itertools import chain
 from pathlib import Path
+from statistics import fmean, stdev
 
 import pytest
 
 from evaluation.report import passes_text
 from mini.judge import judge_hash
+from mini.study import batches_study, looking_study, seeds_study
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = (ROOT / "RESULTS.md").read_text(encoding="utf-8")
@@ -78,9 +81,58 @@ def match() -> Iterator[str]:
         yield f"| {name} | {shares[NOISED]['all']:.1f} | {shares[TRAJECTORIES]['all']:.1f} |"
 
 
+def studied(groups: Iterator[list[dict]]) -> Iterator[dict]:
+    """The rows of results/study.json that a study of mini/study.py asks for."""
+    for settings in chain.from_iterable(groups):
+        (row,) = (row for row in results("study") if row["settings"] == settings)
+        yield row
+
+
+def left_by(**wanted) -> str:
+    """What the guide of these settings leaves unexplained, by results/study.json."""
+    (row,) = (row for row in results("study") if wanted.items() <= row["settings"].items())
+    return f"{100 * row['unexplained']:.1f}"
+
+
+def batch_sizes() -> Iterator[str]:
+    """A column for each batch size; a line for each kind of guide, and for its lower rates and its
+    higher ones."""
+    lines: dict[tuple, dict] = {}
+    for row in studied(batches_study()):
+        made = row["settings"]
+        name = "full" if made["guide"] == "full" else made["form"]
+        name += ", AdamW" if made["optimizer"] == "adamw" else ""
+        k = 1 if made["batch"] in lines.get((name, 0), {}) else 0
+        lines.setdefault((name, k), {})[made["batch"]] = row
+    for (name, _), by_batch in lines.items():
+        rows = [by_batch.get(batch) for batch in (32, 128, 512)]
+        rates = ", ".join(f"{row['settings']['lr']:g}" for row in rows if row)
+        left = (f"{100 * row['unexplained']:.1f}" if row else "" for row in rows)
+        yield f"| {name} | {rates} | {' | '.join(left)} |"
+
+
+def over_trainings() -> Iterator[str]:
+    """Mean and standard deviation over the trainings that differ in nothing but their seed."""
+    kinds: dict[str, list[dict]] = {}
+    for row in studied(seeds_study()):
+        made = row["settings"]
+        name = f"{made['form']}, trained at g = 8 only" if "g" in made else made["form"]
+        kinds.setdefault(name, []).append(row)
+    for name, rows in kinds.items():
+        cells = [mean_sd([100 * row["unexplained"] for row in rows])]
+        for setting in (f"g = {g}, {steps} steps" for g in (2, 8) for steps in (16, 8)):
+            values = [100 * row[ACCURACY][setting] for row in rows if setting in row[ACCURACY]]
+            cells.append(mean_sd(values) if values else "")
+        yield f"| {name} | {' | '.join(cells)} |"
+
+
+def mean_sd(values: list[float]) -> str:
+    return f"{fmean(values):.1f} ± {stdev(values):.1f}"
+
+
 def looking() -> Iterator[str]:
-    """The rows of results/study.json: forms, and the seeing one with one thing changed."""
-    for row in results("study"):
+    """Forms, and the seeing one with one thing changed."""
+    for row in studied(looking_study()):
         name = row["settings"].get("variant") or row["settings"]["form"]
         yield f"| {name} | {row['parameters']:,} | {100 * row['unexplained']:.1f} |"
 
@@ -352,7 +404,7 @@ def find_trial(has_images: bool, **wanted) -> dict:
 def looking_claims() -> Iterator[str]:
     """What the text says of results/study.json, and of the bundled seeing guide."""
     left = {row["settings"].get("variant") or row["settings"]["form"]: 100 * row["unexplained"]
-            for row in results("study")}
+            for row in studied(looking_study())}
     rows = table2_rows()
     yield f"In 8 steps its caption accuracy is {score(rows['tiny-seeing-8'])} %, with a CLIP-FID " \
           f"of {score(rows['tiny-seeing-8'], 'CLIP-FID')}."
