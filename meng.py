@@ -10,10 +10,10 @@ Symbols and shapes are those of ppdd.py; its g is this paper's w, and λ_t = log
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -99,19 +99,20 @@ class Student(UNet):
         return self.eps_of(output, z, *alpha_sigma(t))
 
 
+@torch.no_grad()
 def transplant(student: Student, base: UNet, fine_tune: UNet) -> Student:
-    """A student for a fine-tune of its base, without training: fine_tune + (student − base).
+    """The student, changed in place into one for a fine-tune: fine_tune + (student − base).
 
-    Tensor by tensor; what embeds g is the student's. The fine-tune may be packed (support/fast.py).
-    Raises ValueError where shapes differ.
+    Tensor by tensor and without training; what embeds g stays. The fine-tune may be packed
+    (support/fast.py). Raises ValueError where shapes differ.
     """
     if not student.config == base.config == fine_tune.config:
         raise ValueError("student, base and fine-tune must have the same shapes")
-    before, after, moved = base.state_dict(), fine_tune.state_dict(), copy.deepcopy(student)
-    moved.load_state_dict({
-        k: after[k].to_dense().float() + (v.float() - before[k].float()) if k in before else v
-        for k, v in student.state_dict().items()})
-    return moved
+    before, after = base.state_dict(), fine_tune.state_dict()
+    for name, weight in student.state_dict().items():
+        if name in before:
+            weight.copy_(after[name].to_dense().float() + (weight.float() - before[name].float()))
+    return student
 
 
 @torch.no_grad()
@@ -285,9 +286,13 @@ class BesideMask:
 def invert(predict: Predictor, x: Tensor, grid: list[int]) -> Tensor:
     """Section 4.3, encoding: DDIM from clean latents x up to the noise they would come from.
 
-    grid runs upwards, from −1. The network never saw −1: there it is evaluated at 0.
+    grid runs upwards, from −1. A step from t up to s undoes the one from s down to t, which asked
+    for ε̂ at s; so ε̂ is asked for at s here too, though in z_t. A distilled network knows no other
+    timesteps than these.
     """
-    return ddim(lambda z, t: predict(z, max(t, 0)), x, grid)
+    for t, s in pairwise(grid):
+        x = ddim_step(x, predict(x, s), t, s)
+    return x
 
 
 def inversion_target(z: Tensor, z_end: Tensor, t: int | Tensor, t_end: int | Tensor) -> Tensor:

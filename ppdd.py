@@ -392,7 +392,7 @@ def root_snr(t: Tensor) -> Tensor:
     max(α²/σ², 1), on the x̂ error; that one itself did worse here.
     """
     alpha, sigma = alpha_sigma(t)
-    return torch.maximum(sigma / alpha, torch.ones_like(alpha)).square().flatten().sqrt()
+    return (sigma / alpha).clamp(min=1).flatten()
 
 
 def halving(unet: UNet, guide: nn.Module, teacher: nn.Module, z: Tensor, t: Tensor, t_mid: Tensor,

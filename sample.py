@@ -33,7 +33,15 @@ import meng
 import mini
 import ppdd
 from support import distributed, editing, guides, images
-from support.base import Base, base_sha256, describe_base, find_weights, load_base, merge_loras
+from support.base import (
+    Base,
+    base_name,
+    base_sha256,
+    describe_base,
+    find_weights,
+    load_base,
+    merge_loras,
+)
 from support.captions import notes_on, read_prompts
 from support.capture import captured
 from support.cli import BadInput, one_line, option, parse, require, run_command
@@ -169,6 +177,9 @@ def run(config: Config) -> None:
             grid = meng.edit_grid(config.steps, float(config.strength))
             distributed.print_once(f"--image: {len(grid) - 1} of {config.steps} steps, "
                                    f"{'up to' if config.invert else 'from'} t = {grid[0]}")
+            if grid[0] == ppdd.TIMESTEPS - 1 and not (config.mask or config.invert):
+                warn(f"--strength {config.strength} is nearest to the first of {config.steps} "
+                     "steps, so little of the image is kept: more --steps keep more")
         if config.export:
             return export(config, base, out)
         distributed.print_once(*notes_on(texts, base.tokenizer),
@@ -388,15 +399,21 @@ def find_method(config: Config, base: Base, guide: str) -> Method:
         return Method(guide, guide, None, step)
     path = expand(guide)
     if guide in METHODS:
-        path = guides.find_guide(base, guide, step_length(config), config.guides)
+        moved_from = config.transplant if guide == "whole" else ""
+        home = base_name(find_weights(moved_from)) if moved_from else ""
+        path = guides.find_guide(base, guide, step_length(config), config.guides, home)
     if path is None:
         raise BadInput(f"there is no {guide} guide for {base.name}: train one with "
                        f"`{training_command(config, base, guide)}`, or use --guide cfg, or the "
                        "miniature with its guides: --weights mini")
     file = guides.read_guide(path)
     original = config.transplant if file.config.kind == "whole" else ""
-    module = (guides.transplant(path, original, base) if original else
-              guides.load_guide(path, base.unet.config, DTYPES[config.dtype], base.device))
+    if original:
+        module = guides.transplant(path, original, base)
+        source = find_weights(original)
+        warn(*guides.doubts_of_origin(path, file.about, source, base_sha256(source)))
+    else:
+        module = guides.load_guide(path, base.unet.config, DTYPES[config.dtype], base.device)
     if not (config.compile or config.export):
         prepack(module)
     distributed.print_once(guides.describe_guide(path, file.about, base, original))

@@ -321,9 +321,10 @@ class Trainer:
                              GuideConfig(kind=config.guide, form=config.form))
         torch.manual_seed(config.seed)
         self.guide = self.new_guide()
+        self.guide.start_from(base.unet)        # in float32, before the base is rounded
+        base.unet.to(resolve_dtype(config.dtype, self.device))
         # Of the halvings: the guide of the stage before.
         self.teacher = self.new_guide().to(base.unet.dtype).requires_grad_(False)
-        self.guide.start_from(base.unet)
         self.empty = base.embed([config.uncond]).to(base.unet.dtype)
         self.base_hash = base.sha256
         self.stages, self.stage, self.update = stages(config), 0, 0
@@ -762,7 +763,6 @@ def prepare(config: Config, argv: list[str] | None = None) -> Trainer:
     path = find_weights(config.weights)
     base = load_base(path, device=find_device(config.device), vae=config.vae, inpainting=True)
     merged = merge_loras(base, config.lora)
-    base.unet.to(resolve_dtype(config.dtype, base.device))
     config = resolve_defaults(config, base)
     print_once(describe_base(path, config.weights, config.vae), *merged)
     folder = RunFolder(config.run)

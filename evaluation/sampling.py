@@ -22,7 +22,14 @@ from support.captions import notes_on, read_prompts
 from support.cli import BadInput, require
 from support.distributed import print_once
 from support.files import expand, sha256
-from support.guides import describe_guide, guide_path, load_guide, read_guide, transplant
+from support.guides import (
+    describe_guide,
+    doubts_of_origin,
+    guide_path,
+    load_guide,
+    read_guide,
+    transplant,
+)
 from support.machine import resolve_dtype
 
 GUIDES = ("full", "full-16", "full-8", "tiny", "tiny-16", "tiny-8", "tiny-8-g8")   # the paper's
@@ -195,9 +202,13 @@ def plugged_in_rows(config, base: Base, names: tuple[str, ...] = ()) -> list[Row
     given = config.bases or config.weights
     plain = replace(base, path=bases.find_weights(config.weights) if given else bases.MINI)
     rows = require_guides(make_rows(config, plain, names), plain)
-    moved = [row._replace(name=f"{row.name}-moved", original=(plain.path, plain.sha256),
+    students = [row for row in rows if row.kind == "whole"]
+    original = (plain.path, plain.sha256) if students else None
+    for row in students:
+        print_once(*doubts_of_origin(row.file, read_guide(row.file).about, *original))
+    moved = [row._replace(name=f"{row.name}-moved", original=original,
                           title=row.title.replace("student", "student moved by its difference"))
-             for row in rows if row.kind == "whole"]
+             for row in students]
     return [*(row for row in rows if row.sampler == "ddim" and not row.guided), *moved]
 
 

@@ -281,7 +281,9 @@ def kept_rows(work: Cells, rows: list[Row], previous: dict) -> dict:
             check_kept(f"--rows {row.name}: the file", "g", found["cells"] if found else (),
                        [f"{g:g}" for g in row.g_values(config.g)])
             continue
-        require((not found or before["base hash"] != work.base_hash or found["guide"] != row.source,
+        moved_from = row.unusual.get("moved from")
+        require((not found or before["base hash"] != work.base_hash or found["guide"] != row.source
+                 or found.get("moved from") != moved_from,
                  f"--rows leaves out {row.name}, and the file has no such row of this base and "
                  "guide: measure all rows, or name it too"))
         result[row.name] = {"kept from": {

@@ -2,7 +2,7 @@
 
 All guides of a group see the same postcards, noise, t and g in the same order: only their settings
 differ. The base makes its passes once for the whole group; each guide then costs a decoder pass and
-its gradient. There are four studies:
+its gradient, a student a whole pass. There are four studies:
 
     batches   kinds of guide × batch sizes × learning rates, at equal numbers of training states
     looking   the seeing guide with one thing changed

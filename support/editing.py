@@ -137,6 +137,7 @@ def start(base: Base, pixels: Tensor, mask: Tensor | None, strength: float, grid
     z = noise if strength == 1 else add_noise(x, noise, grid[0])
     if mask is None:
         return z, sampler
+    mask = mask.to(pixels.device)
     small = to_latent(mask).expand(len(z), -1, -1, -1)                        # (B, 1, H, W)
     if not base.inpaints:
         return z, functools.partial(meng.inpaint, x=x, noise=noise, mask=small, sampler=sampler)

@@ -40,8 +40,8 @@ def sample(unet: UNet, z: Tensor, c: Tensor, g: float, steps: int, guide: nn.Mod
     step = step or captured(predict_step, z.device)
     grid = grid or step_grid(steps)
     twice = guide is None and empty is not None
-    starts = [max(t, 0) for t in grid[:-1]]       # upwards, as in `meng.invert`, −1 comes first
-    times = torch.tensor(starts, device=z.device)
+    asked = grid[:-1] if grid[0] > grid[-1] else grid[1:]       # upwards: see `meng.invert`
+    times = torch.tensor(asked, device=z.device)
     guidance = torch.full((1,), g, dtype=torch.float32, device=z.device)
     if isinstance(guide, Student):
         unet, guide = guide, None
@@ -53,7 +53,7 @@ def sample(unet: UNet, z: Tensor, c: Tensor, g: float, steps: int, guide: nn.Mod
     shifts, prompt = precompute(unet, embs, torch.cat([c, empty]) if twice else c)
     if guide is not None:
         known = precompute_guide(guide, guidance, embs, times, c, z)
-    place = {t: i for i, t in enumerate(starts)}
+    place = {t: i for i, t in enumerate(asked)}
 
     def predict(z: Tensor, t: int) -> Tensor:
         progress()

@@ -156,16 +156,18 @@ def fits(path: Path, base: UNetConfig) -> bool:
 # ------------------------------------------------------------------------------- finding one
 
 
-def find_guide(base: Base, kind: str, steps: int, folder: str = "") -> Path | None:
+def find_guide(base: Base, kind: str, steps: int, folder: str = "", home: str = "") -> Path | None:
     """The most suitable guide of a kind, tiny, seeing, full or whole, that fits the base; None
     where none does.
 
-    `folder` comes before guides/BASE, and that before guides of other bases and the bundled ones.
-    Then come the base's own, those distilled for about so many steps, and those of the paper's
-    form. Guides for a single g are for whoever names them, and so are trials in guides/.
+    `folder` comes before guides/HOME, and that before guides of other bases and the bundled ones.
+    Then come those distilled on HOME, those for about so many steps, and those of the paper's
+    form. HOME is the base's own name, if no other is given. Guides for a single g are for whoever
+    names them, and so are trials in guides/.
     """
+    home = home or base.name
     ranked = []
-    for pool, path in _candidates(base, folder):
+    for pool, path in _candidates(home, folder):
         try:
             file = read_guide(path)
         except CheckpointError:
@@ -175,16 +177,16 @@ def find_guide(base: Base, kind: str, steps: int, folder: str = "") -> Path | No
         wanted = kind == ("seeing" if form == "seeing" else file.config.kind)
         if wanted and low < high and not (file.trial and pool):
             distance = abs(math.log(steps / file.steps))
-            ranked.append((pool, file.about.get("base") != base.name, distance,
+            ranked.append((pool, file.about.get("base") != home, distance,
                            form != "sum", path))
     return next((path for *_, path in sorted(ranked) if fits(path, base.unet.config)), None)
 
 
-def _candidates(base: Base, folder: str) -> Iterator[tuple[int, Path]]:
+def _candidates(home: str, folder: str) -> Iterator[tuple[int, Path]]:
     """Files that may be guides, each with the rank of the place it lies in."""
     if folder:
         yield from ((0, path) for path in files_in(expand(folder), "**/*.safetensors"))
-    yield from ((1, path) for path in files_in(Path("guides") / base.name, "*.safetensors"))
+    yield from ((1, path) for path in files_in(Path("guides") / home, "*.safetensors"))
     yield from ((2, path) for path in files_in("guides", "*/*.safetensors"))
     yield from ((2, path) for path in files_in(BUNDLED, "*.safetensors"))
 
@@ -229,13 +231,24 @@ def doubts_about(path: Path, file: GuideFile, g: float, steps: int, sampler: str
     """Why a guide may not do well with these settings, a line a reason."""
     low, high = file.about.get("g_range") or (g, g)
     halved_to = file.about.get("steps") or 0                # 0: of stage one, for any number
+    settings = file.about.get("settings") or {}
     given, as_long = f"{steps}", steps
     if sampler == "stochastic":
         given, as_long = f"{steps} stochastic ones, of twice the length,", steps / 2
     reasons = ((not low <= g <= high, f"was trained for g from {low:g} to {high:g}"),
                (as_long < halved_to, f"was distilled for {halved_to} steps; {given} are fewer"),
-               (halved_to and sampler == "plms", "was distilled for DDIM's steps, not for PLMS"))
+               (halved_to and sampler == "plms", "was distilled for DDIM's steps, not for PLMS"),
+               (halved_to and sampler == "stochastic" and not settings.get("stochastic"),
+                "was trained without --stochastic: half of the steps start between its own"))
     return [f"{path.stem} {reason}" for holds, reason in reasons if holds]
+
+
+def doubts_of_origin(path: Path, about: dict, original: Path, sha256: str) -> list[str]:
+    """A line where a student was not distilled on `original`, from which it is to be moved."""
+    if about.get("base_hash") in (None, sha256):
+        return []
+    return [f"{path} was distilled on {about.get('base')}, whose hash is not that of {original}: "
+            "unless both hold the same weights, it is moved by a wrong difference"]
 
 
 def _updates_in_words(about: dict) -> str:

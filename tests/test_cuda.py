@@ -10,6 +10,7 @@ import threading
 import pytest
 import torch
 from conftest import TOY_UNET, disagreement, noise, randomised
+from PIL import Image
 from safetensors.torch import load_file
 from torch.utils._pytree import tree_map
 
@@ -225,8 +226,14 @@ def test_threads_do_not_disturb_each_other():
 
 @cuda
 def test_sample_py_on_a_gpu(here):
-    sample.main(["--weights", "mini", "--steps", "8", "--g", "8", "--device", "cuda"])
-    assert len(list((here / "out").glob("0*.png"))) == 8
+    line = ["--weights", "mini", "--steps", "8", "--g", "8", "--device", "cuda"]
+    sample.main(line)
+    made = sorted((here / "out").glob("0*.png"))
+    assert len(made) == 8
+    Image.linear_gradient("L").save("mask.png")
+    for more in (["--mask", "mask.png"], ["--invert"], ["--sampler", "stochastic"]):
+        sample.main([*line, "--image", str(made[0]), "--prompt", "a red boat", *more])
+    assert len(list((here / "out").glob("0*.png"))) == 8 + 3
 
 
 # ------------------------------------------------------------------------------- training

@@ -190,6 +190,21 @@ def test_the_folder_given_comes_before_the_base_s_own_and_that_before_others(her
     assert find_guide(base, "tiny", 8, "given") == Path("given/deep/er.safetensors")
 
 
+def test_a_student_to_be_moved_is_one_of_the_base_that_it_is_moved_from(here):
+    base = base_of(UNET)
+    Path("toy.safetensors").touch()
+    for name in ("a", "plain", "toy"):
+        write_guide(Path(f"guides/{name}/whole-8.safetensors"), UNET, "whole", 8, base=name)
+    for home in ("toy", "plain"):
+        found = find_guide(base, "whole", 8, home=home)
+        assert found == Path(f"guides/{home}/whole-8.safetensors")
+    assert find_guide(base, "whole", 8) == Path("guides/toy/whole-8.safetensors")
+    known = {"base": "plain", "base_hash": "1"}
+    assert not guides.doubts_of_origin(found, known, Path("plain.safetensors"), "1")
+    doubt, = guides.doubts_of_origin(found, known, Path("a.safetensors"), "2")
+    assert "distilled on plain, whose hash is not that of a.safetensors" in doubt
+
+
 def test_guides_for_a_single_g_and_other_files_are_passed_over(here):
     Path("toy.safetensors").touch(), Path("mine").mkdir()
     Path("mine/a.safetensors").write_bytes(b"<html>")

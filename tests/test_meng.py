@@ -2,6 +2,8 @@
 
 # ruff: noqa: F811 (the fixtures' names)
 
+import copy
+
 import pytest
 import torch
 from conftest import disagreement, noise, randomised
@@ -102,9 +104,9 @@ def test_an_unknown_prediction_is_refused():
 def test_a_student_is_moved_to_a_fine_tune_by_its_difference_from_the_base(unet, batch):
     z, t, c, _, g = batch
     student, fine_tune = trained(StudentConfig()), randomised(lambda: UNet(SMALL), seed=9)
-    at_home = meng.transplant(student, unet, unet)
+    at_home = meng.transplant(copy.deepcopy(student), unet, unet)
     assert disagreement(at_home(z, t, c, g), student(z, t, c, g)) < 1e-4
-    moved = meng.transplant(student, unet, fine_tune).state_dict()
+    moved = meng.transplant(copy.deepcopy(student), unet, fine_tune).state_dict()
     for name, weight in student.state_dict().items():
         base = unet.state_dict().get(name, torch.zeros(()))
         other = fine_tune.state_dict().get(name, torch.zeros(()))

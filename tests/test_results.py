@@ -69,6 +69,13 @@ def table3() -> Iterator[str]:
                    f"| {score(row, spread=True)} |")
 
 
+def few_steps() -> Iterator[str]:
+    """The student beside CFG and guides, from 50 steps to one."""
+    for row in results("few")["bases"]["mini"]["rows"].values():
+        yield (f"| {row['title']} | {passes(row)} | {score(row, 'CLIP-FID', spread=True)} "
+               f"| {score(row, spread=True)} |")
+
+
 def plugged_in() -> Iterator[str]:
     for base, measured in results("table3")["bases"].items():
         rows = measured["rows"]

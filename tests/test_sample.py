@@ -300,6 +300,9 @@ def test_what_a_guide_was_not_made_for_is_warned_of_once(here, capsys):
     fewer, plms = [line for line in capsys.readouterr().err.splitlines() if "warning" in line]
     assert fewer == "warning: tiny-8 was distilled for 8 steps; 2 are fewer"
     assert plms == "warning: tiny-8 was distilled for DDIM's steps, not for PLMS"
+    command("--steps 16 --sampler stochastic --prompt tree")
+    assert ("warning: tiny-8 was trained without --stochastic: half of the steps start between its "
+            "own\n") in capsys.readouterr().err
     command("--steps 8 --prompt tree")
     command("--steps 2 --sampler plms --guide guides/toy/tiny.safetensors --prompt tree")
     assert "warning" not in capsys.readouterr().err
@@ -368,7 +371,12 @@ def test_a_student_is_moved_to_another_base(here, toys, capsys):
     own = command(f"{line} {other}")[-1]
     assert "a UNet of its own: that of other is not used" in capsys.readouterr().out
     moved = command(f"{line} {other} --transplant {toy}")[-1]
-    assert f"moved by its difference from {toy} to other" in capsys.readouterr().out
+    said = capsys.readouterr()
+    assert f"moved by its difference from {toy} to other" in said.out and "hash" not in said.err
+    write_guide(here / "mine.safetensors", UNET, "whole", 8, base_hash="1",
+                settings={"guide": "whole"})
+    command(f"{line} {other} --transplant {toy}")
+    assert f"whose hash is not that of {toy}" in capsys.readouterr().err
     assert difference(own, moved) > 0
     words = [*line.split(), toy, "--transplant"]
     assert "has other sizes than that of" in refusal(capsys, *words, deep)

@@ -9,6 +9,7 @@ import random
 import shutil
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -35,6 +36,7 @@ from toys import (  # noqa: F401 (fixtures)
 )
 
 import eval as eval_script
+import ppdd
 import sample
 import train
 from clip_text import TextConfig
@@ -122,6 +124,24 @@ def test_strength_0_6_is_the_default_and_a_mask_s_is_1(files):
         WAYS["image"], WAYS["image"] + " --strength 0.6", WAYS["image"] + " --strength 0.3",
         WAYS["mask"], WAYS["mask"] + " --strength 1")]
     assert difference(*made[:2]) == difference(*made[3:]) == 0 < difference(*made[1:3])
+
+
+def test_what_keeps_little_of_an_image_is_warned_of(files, capsys):
+    for line, is_warned in (("--steps 1", True), ("--steps 2 --strength 0.8", True),
+                            ("--steps 2", False), (f"--steps 1 {WAYS['mask']}", False)):
+        command(f"{PROMPT} --image image.png {line}")
+        assert ("so little of the image is kept" in capsys.readouterr().err) == is_warned, line
+
+
+@pytest.mark.parametrize("channels", [4, 9])
+def test_a_mask_goes_to_the_device_of_the_image(channels):
+    """The meta device stands for a GPU: it too refuses to compute with tensors of a CPU."""
+    pixels, noise = (torch.zeros(1, c, s, s, device="meta") for c, s in ((3, 64), (4, 8)))
+    base = SimpleNamespace(inpaints=channels == 9, encode=lambda pixels, noise: noise)
+    mask = torch.ones(1, 1, 64, 64)
+    z, sampler = editing.start(base, pixels, mask, 1.0, [999, -1], iter([noise] * 3), ppdd.ddim)
+    given = sampler.keywords["mask"]
+    assert given.device == z.device and given.shape == (1, 1, 8, 8)
 
 
 def test_a_comparison_starts_every_column_from_the_image(files):

@@ -798,6 +798,13 @@ def test_a_full_guide_in_training_starts_from_the_bases_encoder(toy_base, here):
         assert torch.equal(trainer.guide.input_blocks.state_dict()[name], weight)
 
 
+def test_copies_of_the_base_start_from_weights_that_no_dtype_has_rounded(toy_base, here):
+    trainer, base = begin(toy_base, "--guide", "whole", "--dtype", "bf16"), load_base(toy_base)
+    assert trainer.base.unet.dtype == torch.bfloat16 == trainer.teacher.dtype
+    own = trainer.guide.state_dict()
+    assert all(torch.equal(own[name], weight) for name, weight in base.unet.state_dict().items())
+
+
 def test_the_log_has_means_over_the_updates_since_its_last_line(toy_base, here, monkeypatch):
     trainer = begin(toy_base, "--updates", 120, "--end-steps", 64)
 
