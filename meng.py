@@ -283,15 +283,16 @@ class BesideMask:
         return self.net(*(self.join(x) if getattr(x, "ndim", 0) == 4 else x for x in args))
 
 
-def invert(predict: Predictor, x: Tensor, grid: list[int]) -> Tensor:
+def invert(predict: Predictor, x: Tensor, grid: list[int], at_end: bool = False) -> Tensor:
     """Section 4.3, encoding: DDIM from clean latents x up to the noise they would come from.
 
-    grid runs upwards, from −1. A step from t up to s undoes the one from s down to t, which asked
-    for ε̂ at s; so ε̂ is asked for at s here too, though in z_t. A distilled network knows no other
-    timesteps than these.
+    grid runs upwards, from −1, which no network has seen: there it is asked for ε̂ at 0. A network
+    halved to this grid knows only timesteps at which its own steps begin. Upwards, steps end
+    there, and with at_end it is asked there: at s for the step from t up to s, as it will be on the
+    way down.
     """
     for t, s in pairwise(grid):
-        x = ddim_step(x, predict(x, s), t, s)
+        x = ddim_step(x, predict(x, s if at_end else max(t, 0)), t, s)
     return x
 
 

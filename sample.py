@@ -145,6 +145,7 @@ class Method(NamedTuple):
     kind: str                                       # tiny, full, whole, cfg or none
     guide: nn.Module | None = None
     step: Callable[..., Tensor] | None = None       # compiled, else `fast.sample`'s own
+    halved: bool = False                            # to a grid whose timesteps alone it knows
 
 
 # ------------------------------------------------------------------------------- a run
@@ -243,7 +244,8 @@ def sample_images(config: Config, base: Base, method: Method, shots: list[Shot],
     if config.invert:
         source = base.source or base
         prompts = [config.source_prompt] * len(shots)
-        z = sample_latents(config, source, method, prompts, source.encode(pixels, 0), meng.invert,
+        upwards = functools.partial(meng.invert, at_end=method.halved)
+        z = sample_latents(config, source, method, prompts, source.encode(pixels, 0), upwards,
                            grid[::-1], progress)
     elif config.image:
         mask = editing.read_mask(expand(config.mask), width, height) if config.mask else None
@@ -419,7 +421,7 @@ def find_method(config: Config, base: Base, guide: str) -> Method:
     distributed.print_once(guides.describe_guide(path, file.about, base, original))
     if not config.export:
         warn(*guides.doubts_about(path, file, config.g, config.steps, config.sampler))
-    return Method(path.stem, file.config.kind, module, step)
+    return Method(path.stem, file.config.kind, module, step, bool(file.about.get("steps")))
 
 
 def step_length(config: Config) -> int:

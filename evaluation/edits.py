@@ -10,6 +10,7 @@ Shapes: B images, Z latent channels.
 
 from __future__ import annotations
 
+import functools
 import random
 
 import torch
@@ -121,6 +122,11 @@ def inversion(config) -> None:
     config, base = _load(config)
     rows = [row for row in sampling.make_rows(config, base)
             if row.sampler == "ddim" and not row.guided and row.kind != "none"]
+    # CFG is asked in both places: it shows how much of a halved guide's gain comes from that.
+    cfg = [row for row in rows if row.kind == "cfg"]
+    at_end = [row._replace(name=f"{row.name}-end", title=f"{row.title}, asked where a step ends",
+                           halved=True) for row in cfg]
+    rows = [*cfg, *at_end, *(row for row in rows if row.guide)]
     prompts = sampling.Prompts(config, base)
     texts, attributes = prompts.of(config.seed)
     generator = torch.Generator().manual_seed(prompts.first_noise(config.seed))
@@ -139,8 +145,8 @@ def inversion(config) -> None:
 
 def to_noise(base: Base, row: Row, x: Tensor, c: Tensor, g: float) -> Tensor:
     """Latents x (B, Z, H, W) encoded under c (B, L, D) and g: the noise that a row makes x from."""
-    return sampling.run(base, row, x, c, g, sampler=meng.invert,
-                        grid=ppdd.step_grid(row.steps)[::-1])
+    return sampling.run(base, row, x, c, g, grid=ppdd.step_grid(row.steps)[::-1],
+                        sampler=functools.partial(meng.invert, at_end=row.halved))
 
 
 def reconstruction_error(base: Base, row: Row, x: Tensor, c: Tensor, g: float) -> float:

@@ -64,6 +64,7 @@ class Row(NamedTuple):
     guide_hash: str = ""
     only_g: float | None = None         # the one g that it is made for; no guidance is g = 0
     stage_one: bool = True              # not halved, for any g, against the empty prompt
+    halved: bool = False
     guided: tuple[int, int] | None = None     # CFG from this step to before that one; None: in all
     leading: bool = False               # on `leading_grid`
     original: tuple[Path, str] | None = None  # the base a student is moved from, and its SHA-256
@@ -184,7 +185,8 @@ def guide_row(config, base: Base, name: str) -> Row:
         title += f", trained at g = {low:g} only"
     stage_one = not about.get("steps") and only_g is None and not about.get("uncond")
     kind = "seeing" if getattr(described.config, "form", "") == "seeing" else kind
-    return Row(path.stem, title, kind, steps, "ddim", guide, path, sha256(path), only_g, stage_one)
+    return Row(path.stem, title, kind, steps, "ddim", guide, path, sha256(path), only_g, stage_one,
+               bool(about.get("steps")))
 
 
 def require_guides(rows: list[Row], base: Base, what: str = "guide") -> list[Row]:

@@ -40,7 +40,7 @@ def sample(unet: UNet, z: Tensor, c: Tensor, g: float, steps: int, guide: nn.Mod
     step = step or captured(predict_step, z.device)
     grid = grid or step_grid(steps)
     twice = guide is None and empty is not None
-    asked = grid[:-1] if grid[0] > grid[-1] else grid[1:]       # upwards: see `meng.invert`
+    asked = grid[:-1] if grid[0] > grid[-1] else [max(t, 0) for t in grid]      # `meng.invert`'s
     times = torch.tensor(asked, device=z.device)
     guidance = torch.full((1,), g, dtype=torch.float32, device=z.device)
     if isinstance(guide, Student):

@@ -68,7 +68,7 @@ def test_inversion_is_measured_from_the_vae_s_own_reconstruction(workspace):
     command("inversion --count 2 --g 0.5 8")
     result = json.loads(Path("runs/eval/inversion.json").read_text())
     rows = result["rows"]
-    assert list(rows) == ["cfg-2", "full", "tiny", "tiny-8-g8"]
+    assert list(rows) == ["cfg-2", "cfg-2-end", "full", "tiny", "tiny-8-g8"]
     assert list(rows["tiny-8-g8"]["by g"]) == ["8"] and result["protocol"]["images"] == 2
     title, errors = rows["cfg-2"]["title"], [*rows["cfg-2"]["by g"].values()]
     page = Path("runs/eval/inversion.md").read_text()

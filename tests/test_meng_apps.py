@@ -100,7 +100,7 @@ def test_an_image_s_noise_is_its_own_and_begins_as_always():
 
 
 @pytest.mark.parametrize("config", [None, GuideConfig(), SEEING, FULL], ids=str)
-@pytest.mark.parametrize("name", ["stochastic", "invert", "inpaint"])
+@pytest.mark.parametrize("name", ["stochastic", "invert", "invert at the end", "inpaint"])
 def test_the_fast_sampler_runs_them_all(unet, batch, name, config):
     """Compared with whole passes of the networks; CFG where there is no guide."""
     z, _, c, empty, _ = batch
@@ -117,10 +117,11 @@ def test_the_fast_sampler_runs_them_all(unet, batch, name, config):
         draws = meng.noise_stream(range(3), z.shape[1:])
         return {"stochastic": functools.partial(meng.stochastic, noises=draws),
                 "invert": meng.invert,
+                "invert at the end": functools.partial(meng.invert, at_end=True),
                 "inpaint": functools.partial(meng.inpaint, x=z, noise=z, mask=(z[:, :1] > 0) * 1.0)
                 }[name]
 
-    grid = grid[::-1] if name == "invert" else grid
+    grid = grid[::-1] if "invert" in name else grid
     ours = fast.sample(unet, z, c, 5.0, 4, guide, empty, sampler(), grid=grid)
     assert disagreement(ours, sampler()(predict, z, grid)) < 1e-4
 
@@ -176,8 +177,9 @@ def test_a_unet_of_nine_channels_is_given_the_mask_and_the_masked_image():
     assert all(torch.equal(z[:, 4:], seen[0][:, 4:]) for z in seen)
 
 
+@pytest.mark.parametrize("at_end", [False, True])
 @pytest.mark.parametrize("steps", [1, 4, 50, 1000])
-def test_ddim_takes_an_inversion_back(steps):
+def test_ddim_takes_an_inversion_back(steps, at_end):
     x, eps, grid = noise(*SHAPE).double(), noise(*SHAPE, seed=2).double(), step_grid(steps)
     asked = []
 
@@ -185,8 +187,8 @@ def test_ddim_takes_an_inversion_back(steps):
         asked.append(t)
         return eps
 
-    z = meng.invert(predict, x, grid[::-1])
-    assert asked == grid[-2::-1]                    # where the steps back down will ask
+    z = meng.invert(predict, x, grid[::-1], at_end)
+    assert asked == (grid[-2::-1] if at_end else [0, *grid[-2:0:-1]])
     alpha, sigma = alpha_sigma(999)
     assert disagreement(z, alpha * x + sigma * eps) < 1e-9
     assert disagreement(ddim(predict, z, grid), x) < 1e-9

@@ -36,6 +36,7 @@ from toys import (  # noqa: F401 (fixtures)
 )
 
 import eval as eval_script
+import meng
 import ppdd
 import sample
 import train
@@ -164,6 +165,16 @@ def test_an_inversion_takes_another_base_s_noise(files, toys):
     made = [command(f"{line} {more}")[-1] for more in (
         "", f"--encode-weights {toys}/toy.safetensors", f"--encode-weights {other}")]
     assert difference(*made[:2]) == 0 < difference(*made[1:])
+
+
+@pytest.mark.parametrize("guide, at_end", [("cfg", False), ("tiny", True),
+                                           ("guides/toy/tiny.safetensors", False)])
+def test_a_halved_guide_is_asked_where_a_step_up_ends(files, monkeypatch, guide, at_end):
+    invert, asked = meng.invert, []
+    monkeypatch.setattr(sample.meng, "invert", lambda *args, **how: (
+        asked.append(how) or invert(*args, **how)))
+    command(f"{PROMPT} {WAYS['invert']} --steps 8 --guide {guide}")
+    assert asked == [{"at_end": at_end}]
 
 
 def test_an_image_comes_back_from_its_inversion(files):
