@@ -425,12 +425,22 @@ def batch_claims() -> Iterator[str]:
 def inversion_claims() -> Iterator[str]:
     rows = {name: {g: f"{error:.1f}" for g, error in row["by g"].items()}
             for name, row in results("inversion")["rows"].items()}
-    cfg, full = rows["cfg-8"], rows["full-8"]
-    yield f"CFG's error is {cfg['2']} at g = 2 and {cfg['4']} at g = 4, the full guide's " \
-          f"{full['2']} and {full['4']}."
+    names = "cfg-8", "cfg-8-end", "full-8", "tiny-8"
+    cfg, at_end, full, tiny = (rows[name]["8"] for name in names)
+    yield f"CFG's error is {cfg}, or {at_end} where it is asked at the ends; the full guide's is " \
+          f"{full} and the tiny guide's {tiny}."
     cfg, full = rows["cfg-50"], rows["full"]
     yield f"CFG's grows from {cfg['2']} at g = 2 to {cfg['8']} at g = 8, the full guide's from " \
           f"{full['2']} to {full['8']}."
+    worse = []
+    for name, row in results("inversion")["rows"].items():
+        steps = re.search("-16|-8|$", name)[0] or "-50"
+        for g in "468":
+            cfg = (results("inversion")["rows"][f"cfg{steps}{way}"]["by g"][g]
+                   for way in ("", "-end"))
+            if row["guide"] and row["by g"].get(g, 0) >= min(cfg):
+                worse.append((name, g))
+    assert worse == [("tiny-seeing", "4")]
 
 
 def feature_claims() -> Iterator[str]:
