@@ -212,7 +212,7 @@ def describe_guide(path: Path, about: dict, base: Base, original: str = "") -> s
     """A line on which guide is used, for what it was made, how long, and on which base; original is
     the base that a student was moved from."""
     steps, made_on = about.get("steps"), about.get("base")
-    parts = [f"guide: {path}, distilled on {made_on} for {steps or 'any'} steps"]
+    parts = [f"guide: {path}, distilled on {made_on} for {steps or 'any'} step{'s' * (steps != 1)}"]
     if updates := _updates_in_words(about):
         parts.append(f"after {updates} updates")
     if limit := GuideFile(GuideConfig(), about, None).trial:
