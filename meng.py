@@ -286,10 +286,9 @@ class BesideMask:
 def invert(predict: Predictor, x: Tensor, grid: list[int], at_end: bool = False) -> Tensor:
     """Section 4.3, encoding: DDIM from clean latents x up to the noise they would come from.
 
-    grid runs upwards, from −1, which no network has seen: there it is asked for ε̂ at 0. A network
-    halved to this grid knows only timesteps at which its own steps begin. Upwards, steps end
-    there, and with at_end it is asked there: at s for the step from t up to s, as it will be on the
-    way down.
+    grid runs upwards, from −1, which no network has seen: there it is evaluated at 0. A step from t
+    up to s evaluates it at t, and with at_end at s, as the step back down will. That suits a
+    network halved to this grid: it knows no other timesteps, and t is none of them at first.
     """
     for t, s in pairwise(grid):
         x = ddim_step(x, predict(x, s if at_end else max(t, 0)), t, s)

@@ -145,7 +145,7 @@ class Method(NamedTuple):
     kind: str                                       # tiny, full, whole, cfg or none
     guide: nn.Module | None = None
     step: Callable[..., Tensor] | None = None       # compiled, else `fast.sample`'s own
-    halved: bool = False                            # to a grid whose timesteps alone it knows
+    on_grid: bool = False           # halved, to a grid that all of the run's timesteps are on
 
 
 # ------------------------------------------------------------------------------- a run
@@ -179,8 +179,9 @@ def run(config: Config) -> None:
             distributed.print_once(f"--image: {len(grid) - 1} of {config.steps} steps, "
                                    f"{'up to' if config.invert else 'from'} t = {grid[0]}")
             if grid[0] == ppdd.TIMESTEPS - 1 and not (config.mask or config.invert):
-                warn(f"--strength {config.strength} is nearest to the first of {config.steps} "
-                     "steps, so little of the image is kept: more --steps keep more")
+                warn(f"with --steps {config.steps}, --strength {config.strength} rounds to a start "
+                     "from almost pure noise, so little of the image is kept: use more --steps, or "
+                     "less strength")
         if config.export:
             return export(config, base, out)
         distributed.print_once(*notes_on(texts, base.tokenizer),
@@ -244,7 +245,7 @@ def sample_images(config: Config, base: Base, method: Method, shots: list[Shot],
     if config.invert:
         source = base.source or base
         prompts = [config.source_prompt] * len(shots)
-        upwards = functools.partial(meng.invert, at_end=method.halved)
+        upwards = functools.partial(meng.invert, at_end=method.on_grid)
         z = sample_latents(config, source, method, prompts, source.encode(pixels, 0), upwards,
                            grid[::-1], progress)
     elif config.image:
@@ -421,7 +422,9 @@ def find_method(config: Config, base: Base, guide: str) -> Method:
     distributed.print_once(guides.describe_guide(path, file.about, base, original))
     if not config.export:
         warn(*guides.doubts_about(path, file, config.g, config.steps, config.sampler))
-    return Method(path.stem, file.config.kind, module, step, bool(file.about.get("steps")))
+    halved_to = file.about.get("steps") or 0
+    on_grid = halved_to > 0 and halved_to % config.steps == 0
+    return Method(path.stem, file.config.kind, module, step, on_grid)
 
 
 def step_length(config: Config) -> int:
@@ -442,7 +445,8 @@ def training_command(config: Config, base: Base, kind: str) -> str:
     """The command that trains a guide for the base in use."""
     form = kind if kind in ppdd.FORMS else ""
     draws_data = base.is_miniature and not base.inpaints
-    flags = {"--guide": "tiny" if form else kind, "--form": form, "--weights": config.weights,
+    weights = kind == "whole" and config.transplant or config.weights
+    flags = {"--guide": "tiny" if form else kind, "--form": form, "--weights": weights,
              "--vae": config.vae, "--data": "" if draws_data else "FOLDER"}
     given = [word for flag, value in flags.items() if value for word in (flag, value)]
     return shlex.join(["python", "train.py", *given])

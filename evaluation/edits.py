@@ -122,9 +122,9 @@ def inversion(config) -> None:
     config, base = _load(config)
     rows = [row for row in sampling.make_rows(config, base)
             if row.sampler == "ddim" and not row.guided and row.kind != "none"]
-    # CFG is asked in both places: it shows how much of a halved guide's gain comes from that.
+    # CFG is measured both ways, so that the comparison does not depend on where it is asked.
     cfg = [row for row in rows if row.kind == "cfg"]
-    at_end = [row._replace(name=f"{row.name}-end", title=f"{row.title}, asked where a step ends",
+    at_end = [row._replace(name=f"{row.name}-end", title=f"{row.title}, evaluated at a step's end",
                            halved=True) for row in cfg]
     rows = [*cfg, *at_end, *(row for row in rows if row.guide)]
     prompts = sampling.Prompts(config, base)

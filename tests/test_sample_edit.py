@@ -167,13 +167,15 @@ def test_an_inversion_takes_another_base_s_noise(files, toys):
     assert difference(*made[:2]) == 0 < difference(*made[1:])
 
 
-@pytest.mark.parametrize("guide, at_end", [("cfg", False), ("tiny", True),
-                                           ("guides/toy/tiny.safetensors", False)])
-def test_a_halved_guide_is_asked_where_a_step_up_ends(files, monkeypatch, guide, at_end):
+@pytest.mark.parametrize("guide, steps, at_end", [
+    ("cfg", 8, False), ("guides/toy/tiny.safetensors", 8, False),
+    *(("guides/toy/tiny-8.safetensors", steps, steps != 3) for steps in (8, 4, 3))])
+def test_a_guide_on_its_own_grid_is_asked_where_a_step_up_ends(files, monkeypatch, guide, steps,
+                                                               at_end):
     invert, asked = meng.invert, []
     monkeypatch.setattr(sample.meng, "invert", lambda *args, **how: (
         asked.append(how) or invert(*args, **how)))
-    command(f"{PROMPT} {WAYS['invert']} --steps 8 --guide {guide}")
+    command(f"{PROMPT} {WAYS['invert']} --steps {steps} --guide {guide}")
     assert asked == [{"at_end": at_end}]
 
 
