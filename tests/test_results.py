@@ -260,7 +260,7 @@ def beside_the_paper() -> Iterator[str]:
 
 @pytest.mark.parametrize("page, lines", [
     *((RESULTS, lines) for lines in (table1, table2, table3, plugged_in, match, distances, seeing,
-                                     looking, features, inversion, trials, batch_sizes,
+                                     looking, features, inversion, trials, batch_sizes, few_steps,
                                      speed, speed_on_a_gpu, eager_on_a_gpu, growth_on_a_gpu,
                                      training_on_a_gpu, miniature)),
     (README, beside_the_paper)], ids=lambda value: getattr(value, "__name__", ""))
@@ -423,6 +423,26 @@ def batch_claims() -> Iterator[str]:
           f"{best(**gated, optimizer='adamw')} % with AdamW."
 
 
+def few_claims() -> Iterator[str]:
+    """What "The predecessor" says of results/few.json."""
+    rows = results("few")["bases"]["mini"]["rows"]
+
+    def shown(*names: str) -> tuple[str, ...]:
+        return tuple(f"{score(rows[name])} %" for name in names)
+
+    student, seeing = shown("whole-8", "tiny-seeing-8")
+    yield f"caption accuracy is {student} and the seeing guide's {seeing},"
+    student, seeing = shown("whole-4", "tiny-seeing-4")
+    yield f"in 4 steps {student} and {seeing}."
+    student, tiny, seeing = shown("whole-2", "tiny-2", "tiny-seeing-2")
+    yield f"the student has {student}, the tiny guide {tiny} and the seeing guide {seeing}."
+    student, seeing, cfg = shown("whole-1", "tiny-seeing-1", "cfg-1")
+    yield f"In one step it is {student} against the seeing guide's {seeing} and CFG's {cfg}."
+    for steps in (8, 4, 2, 1):
+        assert score(rows[f"tiny-seeing-{steps}"], "CLIP-FID") < score(rows[f"whole-{steps}"],
+                                                                       "CLIP-FID")
+
+
 def inversion_claims() -> Iterator[str]:
     rows = {name: {g: f"{error:.1f}" for g, error in row["by g"].items()}
             for name, row in results("inversion")["rows"].items()}
@@ -531,7 +551,8 @@ def training_claims() -> Iterator[str]:
 @pytest.mark.parametrize("begin, end, expected, others", [
     ("## Table 1", "## Table 2", cost_claims, []),
     ("## Teacher match", "## A tiny guide that sees", distance_claims, []),
-    ("## A tiny guide that sees", "## The paper's claims", looking_claims, ["5.7 million"]),
+    ("## A tiny guide that sees", "## The predecessor", looking_claims, ["5.7 million"]),
+    ("## The predecessor", "## The paper's claims", few_claims, []),
     ("## The paper's claims", "## How the paper was read", claims, []),
     ("## What was tried", "## Batch size", trial_claims,
      ["114.5 %", "43.2 %", "82.8 %", "43.6 %"]),
