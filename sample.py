@@ -402,8 +402,8 @@ def find_method(config: Config, base: Base, guide: str) -> Method:
         return Method(guide, guide, None, step)
     path = expand(guide)
     if guide in METHODS:
-        moved_from = config.transplant if guide == "whole" else ""
-        home = base_name(find_weights(moved_from)) if moved_from else ""
+        is_moved = guide == "whole" and config.transplant
+        home = base_name(find_weights(config.transplant)) if is_moved else ""
         path = guides.find_guide(base, guide, step_length(config), config.guides, home)
     if path is None:
         raise BadInput(f"there is no {guide} guide for {base.name}: train one with "

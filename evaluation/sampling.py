@@ -64,7 +64,7 @@ class Row(NamedTuple):
     guide_hash: str = ""
     only_g: float | None = None         # the one g that it is made for; no guidance is g = 0
     stage_one: bool = True              # not halved, for any g, against the empty prompt
-    halved: bool = False
+    halved: bool = False                # to the grid of its number of steps
     guided: tuple[int, int] | None = None     # CFG from this step to before that one; None: in all
     leading: bool = False               # on `leading_grid`
     original: tuple[Path, str] | None = None  # the base a student is moved from, and its SHA-256

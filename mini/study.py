@@ -71,7 +71,7 @@ def looking_study() -> Iterator[list[dict]]:
 
 
 def seeds_study() -> Iterator[list[dict]]:
-    """At the batch size and rate that did best in `batches_study`."""
+    """At the batch size and rate of `batches_study` that did best of those tried."""
     for seed in range(3):
         shared = TINY | {"batch": 32, "lr": 1e-2, "seed": seed}
         yield [*(shared | {"form": form} for form in FORMS), shared | {"g": 8.0}]
