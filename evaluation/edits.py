@@ -124,7 +124,7 @@ def inversion(config) -> None:
             if row.sampler == "ddim" and not row.guided and row.kind != "none"]
     # CFG is measured both ways, so that the comparison does not depend on where it is asked.
     cfg = [row for row in rows if row.kind == "cfg"]
-    at_end = [row._replace(name=f"{row.name}-end", title=f"{row.title}, evaluated at a step's end",
+    at_end = [row._replace(name=f"{row.name}-end", title=f"{row.title}, asked where a step ends",
                            halved=True) for row in cfg]
     rows = [*cfg, *at_end, *(row for row in rows if row.guide)]
     prompts = sampling.Prompts(config, base)
