@@ -34,6 +34,7 @@ SD_PROMPTS = ("a photograph of an astronaut riding a horse",
               "a lighthouse on a cliff at sunset, oil painting",
               "a red fox in the snow, soft morning light",
               "a wooden cabin by a mountain lake, watercolor")
+FIG8 = ("full-16", "tiny-16", "tiny-seeing-16")
 
 
 def prepare(config) -> tuple[object, Base, list[str], int]:
@@ -111,17 +112,20 @@ def _figure_by_row(config, rows_of: Callable[[object, Base], list[Row]], note: s
 
 
 def fig8(config) -> None:
-    """Fig. 8: the plain base's guides in fine-tuned bases, beside those bases' own CFG."""
+    """Fig. 8: the plain base's guides in fine-tuned bases, beside those bases' own CFG.
+
+    At 16 steps, as in the paper; --guides adds others, and students.
+    """
     labels = []
     lines = []
     for path in sampling.style_files(config):
         resolved, base, prompts, side = prepare(replace(config, weights=str(path)))
-        for row in sampling.plugged_in_rows(config, base, sampling.GUIDES):
-            if row.only_g is None and (row.guide or row.steps == sampling.STAGE_ONE):
+        for row in sampling.plugged_in_rows(config, base, FIG8):
+            if row.guide or (row.kind == "cfg" and row.steps == sampling.STAGE_ONE):
                 labels.append(f"{base.name}\n{heading(row)}")
                 lines.append(images_of(resolved, base, row.on(base), prompts, side))
-    note = (f"g = {resolved.g[-1]:g}, DDIM, the same noise down a column. The guides were trained "
-            "on the plain base only.")
+    note = (f"g = {resolved.g[-1]:g}, DDIM, the same noise down a column. What is plugged in was "
+            "trained on the plain base only.")
     save_figure(config, labelled_grid([f"\n{prompt}" for prompt in prompts], labels, lines, note))
 
 
