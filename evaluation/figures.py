@@ -293,13 +293,15 @@ def _draw_curves(axes, rows: list[dict], score: str, g: str) -> None:
         if {g, "0"} & row["cells"].keys():
             method = re.sub(r", \d+ steps?", "", row["title"])
             curves.setdefault(method, []).append(row)
+    # No guidance is black; matplotlib's own colours are ten.
+    colors = ["black", *(f"C{k}" for k in range(10)), "navy", "darkred"]
     for k, (method, points) in enumerate(curves.items()):
         points = sorted(points, key=lambda row: row["milliseconds"]["median"])
         cells = [row["cells"].get(g) or row["cells"]["0"] for row in points]
         x = [row["milliseconds"]["median"] for row in points]
         y = [cell["mean"][score] for cell in cells]
         spread = [cell["spread"][score] or 0 for cell in cells]
-        color = f"C{(k - 1) % 10}" if k else "black"    # matplotlib has ten; no guidance is black
+        color = colors[k % len(colors)]
         axes.errorbar(x, y, spread, fmt="osD^vP*X"[k % 8] + "-", color=color, capsize=3,
                       label=method)
         for row, point in zip(points, zip(x, y)):
