@@ -384,6 +384,10 @@ def plugged_in_claims() -> Iterator[str]:
 
 def distance_claims() -> Iterator[str]:
     yield f"CFG in 8 steps ends nearest, at {distance('cfg-8')}."
+    found = results("match")["distance"]
+    of_16 = [name for name, row in table2_rows().items() if row["UNet passes"] == 16
+             and name in found]
+    assert min(of_16, key=lambda name: found[name]["by g"]["8"]) == "cfg-8" and len(of_16) >= 6
     yield f"in the first half ends at {distance('cfg-half-16')}, the full guide, which adds 16 " \
           f"passes of its own, at {distance('full-16')}, the seeing guide at " \
           f"{distance('tiny-seeing-16')} and the tiny guide at {distance('tiny-16')}."
