@@ -2,9 +2,10 @@
 
 All guides of a group see the same postcards, noise, t and g in the same order: only their settings
 differ. The base makes its passes once for the whole group; each guide then costs a decoder pass and
-its gradient, a student a whole pass. There are four studies:
+its gradient, a student a whole pass. There are five studies:
 
     batches   kinds of guide × batch sizes × learning rates, at equal numbers of training states
+    longer    kinds of guide × batch sizes, at the better rates of `batches`, for more states
     looking   the seeing guide with one thing changed
     seeds     three trainings of each tiny guide, and the images they make
     student   a distilled copy of the whole UNet beside the full guide
@@ -65,6 +66,14 @@ def batches_study() -> Iterator[list[dict]]:
         yield [*tiny, *full, *([shared | adamw] if batch == 128 else [])]
 
 
+def longer_study() -> Iterator[list[dict]]:
+    """The rates that did better in `batches_study`. Where two were level, the lower one."""
+    for batch, lr in ((128, 2e-2), (32, 1e-2), (512, 4e-2)):
+        shared = TINY | {"batch": batch, "lr": lr}
+        full = shared | {"guide": "full", "lr": (0.3 if batch == 32 else 0.6) * lr}
+        yield [*(shared | {"form": form} for form in ("gated", "seeing")), full]
+
+
 def looking_study() -> Iterator[list[dict]]:
     seeing = TINY | {"form": "seeing"}
     yield [TINY | {"form": "gated"}, seeing, *(seeing | {"variant": name} for name in VARIANTS)]
@@ -82,8 +91,8 @@ def student_study() -> Iterator[list[dict]]:
     yield [full, whole | {"optimizer": "adamw", "lr": 1e-3}, whole | {"lr": 2e-3}]
 
 
-STUDIES = {"batches": batches_study, "looking": looking_study, "seeds": seeds_study,
-           "student": student_study}
+STUDIES = {"batches": batches_study, "longer": longer_study, "looking": looking_study,
+           "seeds": seeds_study, "student": student_study}
 
 
 # ------------------------------------------------------------------------------- variants
