@@ -5,7 +5,7 @@ differ. The base makes its passes once for the whole group; each guide then cost
 its gradient, a student a whole pass. There are five studies:
 
     batches   kinds of guide × batch sizes × learning rates, at equal numbers of training states
-    longer    kinds of guide × batch sizes, at the better rates of `batches`, for more states
+    longer    two kinds of guide × batch sizes, at the better rates of `batches`
     looking   the seeing guide with one thing changed
     seeds     three trainings of each tiny guide, and the images they make
     student   a distilled copy of the whole UNet beside the full guide
@@ -70,8 +70,8 @@ def longer_study() -> Iterator[list[dict]]:
     """The rates that did better in `batches_study`. Where two were level, the lower one."""
     for batch, lr in ((128, 2e-2), (32, 1e-2), (512, 4e-2)):
         shared = TINY | {"batch": batch, "lr": lr}
-        full = shared | {"guide": "full", "lr": (0.3 if batch == 32 else 0.6) * lr}
-        yield [*(shared | {"form": form} for form in ("gated", "seeing")), full]
+        full_lr = (0.3 if batch == 32 else 0.6) * lr
+        yield [shared | {"form": "seeing"}, shared | {"guide": "full", "lr": full_lr}]
 
 
 def looking_study() -> Iterator[list[dict]]:
@@ -87,8 +87,9 @@ def seeds_study() -> Iterator[list[dict]]:
 
 
 def student_study() -> Iterator[list[dict]]:
-    full, whole = TINY | {"guide": "full", "lr": 6e-3}, TINY | {"guide": "whole"}
-    yield [full, whole | {"optimizer": "adamw", "lr": 1e-3}, whole | {"lr": 2e-3}]
+    full, whole = TINY | {"guide": "full"}, TINY | {"guide": "whole"}
+    yield [full | {"lr": 6e-3}, full | {"lr": 1.2e-2},
+           whole | {"lr": 2e-3}, whole | {"optimizer": "adamw", "lr": 1e-3}]
 
 
 STUDIES = {"batches": batches_study, "longer": longer_study, "looking": looking_study,

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 
+import train
 from evaluation.report import passes_text
 from mini.judge import judge_hash
-from mini.study import batches_study, looking_study
+from mini.study import batches_study, looking_study, student_study
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = (ROOT / "RESULTS.md").read_text(encoding="utf-8")
@@ -88,10 +89,11 @@ def match() -> Iterator[str]:
         yield f"| {name} | {shares[NOISED]['all']:.1f} | {shares[TRAJECTORIES]['all']:.1f} |"
 
 
-def studied(groups: Iterator[list[dict]]) -> Iterator[dict]:
+def studied(groups: Iterator[list[dict]], states: int = 25_600) -> Iterator[dict]:
     """The rows of results/study.json that a study of mini/study.py asks for."""
     for settings in chain.from_iterable(groups):
-        (row,) = (row for row in results("study") if row["settings"] == settings)
+        (row,) = (row for row in results("study")
+                  if (row["settings"], row["states"]) == (settings, states))
         yield row
 
 
@@ -117,6 +119,16 @@ def looking() -> Iterator[str]:
     for row in studied(looking_study()):
         name = row["settings"].get("variant") or row["settings"]["form"]
         yield f"| {name} | {row['parameters']:,} | {100 * row['unexplained']:.1f} |"
+
+
+def students() -> Iterator[str]:
+    """Students beside full guides that trained on the same images."""
+    for row in studied(student_study()):
+        made = row["settings"]
+        name = "student" if made["guide"] == "whole" else "full guide"
+        optimizer = {"muon": "Muon", "adamw": "AdamW"}[made["optimizer"]]
+        yield (f"| {name}, {optimizer}, {made['lr']:g} | {row['parameters']:,} "
+               f"| {100 * row['unexplained']:.1f} |")
 
 
 def inversion() -> Iterator[str]:
@@ -262,7 +274,8 @@ def beside_the_paper() -> Iterator[str]:
 @pytest.mark.parametrize("page, lines", [
     *((RESULTS, lines) for lines in (table1, table2, table3, match, distances, seeing,
                                      looking, features, inversion, trials, batch_sizes, few_steps,
-                                     speed, speed_on_a_gpu, eager_on_a_gpu, growth_on_a_gpu,
+                                     students, speed, speed_on_a_gpu, eager_on_a_gpu,
+                                     growth_on_a_gpu,
                                      training_on_a_gpu, miniature)),
     (README, beside_the_paper)], ids=lambda value: getattr(value, "__name__", ""))
 def test_tables_show_the_result_files(page: str, lines: Callable[[], Iterator[str]]):
@@ -502,6 +515,13 @@ def few_claims() -> Iterator[str]:
     anew = results("few-watercolor")["bases"]["watercolor"]["rows"]
     yield f"has {score(anew['whole'])} % and a CLIP-FID of {score(anew['whole'], 'CLIP-FID')} in " \
           f"50 steps, and {score(anew['whole-8'])} % and {score(anew['whole-8'], 'CLIP-FID')} in 8"
+    left = {(row["settings"]["guide"], row["settings"]["optimizer"]): 100 * row["unexplained"]
+            for row in studied(student_study())}            # of the full guide the last row
+    assert all(100 * row["unexplained"] >= left["full", "muon"]
+               for row in studied(student_study()) if row["settings"]["guide"] == "full")
+    yield f"{left['whole', 'adamw']:.1f} % with AdamW and {left['whole', 'muon']:.1f} % with " \
+          f"Muon, where the full guide leaves {left['full', 'muon']:.1f} % at best."
+    yield f"leaves {results('match')['guides']['full'][NOISED]['all']:.1f} % ([teacher match]"
     for steps in (8, 4, 2, 1):
         assert score(rows[f"tiny-seeing-{steps}"], "CLIP-FID") < score(rows[f"whole-{steps}"],
                                                                        "CLIP-FID")
@@ -676,23 +696,23 @@ def test_the_bundled_judge_measured_every_caption_accuracy():
     assert {measured["judge"] for measured in judged} == {judge_hash()}
 
 
-def test_training_times_follow_from_the_measured_updates():
-    """README's hours for the default schedule on SD 1.5, from RESULTS.md's and the CPU's times."""
-    import train
-
-    updates = {"one": "stage-one update", "halving": "halving update"}
-    milliseconds = {guide: {key: gpu_rows()[f"{guide} {name}", 64, 8]["ms"]
-                            for key, name in updates.items()} for guide in ("tiny", "full")}
-    schedule = {}
-    for guide, of_8 in milliseconds.items():
+def test_readme_states_the_times_on_a_gpu():
+    """README's milliseconds, and its hours for the default schedule on SD 1.5."""
+    rows, text = gpu_rows(), " ".join(README.split())
+    images = [[f"{rows[f'{way} image, 8 steps', 64, batch]['ms']:.0f}"
+               for way in ("CFG", "full", "tiny")] for batch in (1, 16)]
+    seconds, hours = [], []
+    for guide in ("tiny", "full"):
+        one, halving = (rows[f"{guide} {name} update", 64, 8]["ms"] / 1000
+                        for name in ("stage-one", "halving"))
         config = train.DEFAULTS["sd", guide, "cuda"]
         halvings = (train.Config.start_steps // train.Config.end_steps).bit_length() - 1
-        total = config.updates * of_8["one"] + halvings * config.halving_updates * of_8["halving"]
-        schedule[guide] = total * config.batch / 8 / 1000 / 3600
-    rows = {row["what"]: row["ms"] / 1000 for row in results("speed-sd15-cpu")["rows"]
-            if row["side"] == 32}
-    cpu = [f"{rows[f'{guide} stage-one update']:.1f} s" for guide in ("tiny", "full")]
-    gpu = [f"{milliseconds[guide]['one'] / 1000:.2f} s" for guide in ("tiny", "full")]
-    hours = [f"about {schedule[guide]:.0f} h" for guide in ("tiny", "full")]
-    for cells in (cpu, gpu, hours):
-        assert f"| {' | '.join(cells)} |" in README, cells
+        total = config.updates * one + halvings * config.halving_updates * halving
+        seconds.append(f"{one:.2f} s")
+        hours.append(f"about {total * config.batch / 8 / 3600:.0f} h")
+    alone, batched = images
+    assert f"takes {alone[0]} ms with CFG, {alone[1]} ms with the full guide and {alone[2]} ms " \
+           f"with the tiny guide" in text
+    assert f"the three take {batched[0]}, {batched[1]} and {batched[2]} ms" in text
+    assert f"takes {seconds[0]} for the tiny guide and {seconds[1]} for the full one" in text
+    assert f"takes {hours[0]} and {hours[1]}." in text
