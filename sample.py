@@ -77,12 +77,14 @@ class Config:
                         group="what to edit")
     strength: str = option("", "how much of an image gives way, above 0 and below 1, with --mask "
                                "or --invert up to 1; default: 0.6, with those 1")
-    mask: str = option("", "an image that is white where --image is to be painted anew; also for "
+    mask: str = option("", "an image that is white where --image is to be repainted; also for "
                            "inpainting models")
     invert: bool = option(False, "run DDIM backwards from --image to its noise, and start there")
     source_prompt: str = option("", "what the image shows, for --invert; default: nothing")
-    encode_weights: str = option("", "the base that --invert reads the image with; default: that "
-                                     "of --weights")
+    source_g: str = option("", "guidance number of the way to the noise, for --invert; default: "
+                               "that of --g")
+    encode_weights: str = option("", "the base that --invert encodes the image with, as it is; "
+                                     "default: --weights with --vae and --lora")
 
     steps: int = option(8, "sampling steps", low=1, high=ppdd.TIMESTEPS, group="base and guide")
     g: float = option(8.0, "guidance number of Eq. 3: 0 is no guidance, 8 is strong; the guidance "
@@ -158,7 +160,7 @@ def run(config: Config) -> None:
     check(config)
     if config.guide != given.guide:
         warn("g = 0 is no guidance: sampling without the guide")
-    if config.invert and config.n > 1 and config.sampler != "stochastic":
+    if config.invert and config.n > 1:
         warn("--invert uses no new noise: the --n images of a prompt are the same")
     out = writable_folder(config.export or config.out)
     with distributed.init_distributed(config.device, advice=f"; {KEPT}") as device:
@@ -171,13 +173,15 @@ def run(config: Config) -> None:
             use_few_threads(1)                  # eight small images took twice as long on two
         loras = merge_loras(base, config.lora)
         config = resolve_for_base(config, base)
-        texts = (*config.prompt, config.negative) if config.negative else config.prompt
+        texts = (*config.prompt, *filter(None, (config.negative, config.source_prompt)))
         distributed.print_once(describe_base(path, config.weights, config.vae), *loras,
                                f"g = {config.g:g} (guidance scale {1 + config.g:g} elsewhere)")
         if config.image:
             grid = meng.edit_grid(config.steps, float(config.strength))
+            encoded_by = f", encoded by {base.source.name}" if base.source else ""
             distributed.print_once(f"--image: {len(grid) - 1} of {config.steps} steps, "
-                                   f"{'up to' if config.invert else 'from'} t = {grid[0]}")
+                                   f"{'up to' if config.invert else 'from'} t = {grid[0]}"
+                                   f"{encoded_by}")
             if grid[0] == ppdd.TIMESTEPS - 1 and not (config.mask or config.invert):
                 warn(f"with --steps {config.steps}, --strength {config.strength} rounds to a start "
                      "from almost pure noise, so little of the image is kept: use more --steps, or "
@@ -246,8 +250,8 @@ def sample_images(config: Config, base: Base, method: Method, shots: list[Shot],
         source = base.source or base
         prompts = [config.source_prompt] * len(shots)
         upwards = functools.partial(meng.invert, at_end=method.on_grid)
-        z = sample_latents(config, source, method, prompts, source.encode(pixels, 0), upwards,
-                           grid[::-1], progress)
+        z = sample_latents(replace(config, g=source_g(config)), source, method, prompts,
+                           source.encode(pixels, 0), upwards, grid[::-1], progress)
     elif config.image:
         mask = editing.read_mask(expand(config.mask), width, height) if config.mask else None
         z, sampler = editing.start(base, pixels, mask, strength, grid, noises, sampler)
@@ -266,6 +270,11 @@ def sample_latents(config: Config, base: Base, method: Method, prompts: list[str
     empty = base.embed([config.negative]).expand_as(c) if method.kind == "cfg" else None
     return fast_sample(base.unet, z, c, config.g, config.steps, method.guide, empty, sampler,
                        progress, method.step, grid)
+
+
+def source_g(config: Config) -> float:
+    """g of the way up, with --invert."""
+    return float(config.source_g or config.g)
 
 
 def batches(config: Config, shots: list) -> list[list]:
@@ -326,7 +335,7 @@ def resolve_defaults(config: Config) -> Config:
 
 def check(config: Config) -> None:
     """Raises BadInput for settings that can work with no base, before anything is loaded."""
-    text = "".join((config.negative, *config.prompt))
+    text = "".join((config.negative, config.source_prompt, *config.prompt))
     path = None if config.guide in METHODS else expand(config.guide)
     if config.guides:
         check_readable(expand(config.guides))
@@ -421,7 +430,8 @@ def find_method(config: Config, base: Base, guide: str) -> Method:
         prepack(module)
     distributed.print_once(guides.describe_guide(path, file.about, base, original))
     if not config.export:
-        warn(*guides.doubts_about(path, file, config.g, config.steps, config.sampler))
+        g_values = {config.g, source_g(config)}
+        warn(*guides.doubts_about(path, file, g_values, config.steps, config.sampler))
     halved_to = file.about.get("steps") or 0
     on_grid = halved_to > 0 and halved_to % config.steps == 0
     return Method(path.stem, file.config.kind, module, step, on_grid)

@@ -677,6 +677,8 @@ class Trainer:
         for flag, values in (("--weights", config.weights), ("--vae", config.vae)):
             words += [flag, values] if values else []
         words += ["--lora", *config.lora] if config.lora else []
+        if self.base.inpaints:
+            words += ["--image", "FILE", "--mask", "FILE", "--prompt", "TEXT"]
         return shlex.join(["python", "sample.py", *words])
 
     @rank_zero_only

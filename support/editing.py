@@ -35,9 +35,13 @@ def check(config) -> None:
     fits = 0 < strength < 1 or (from_noise and strength == 1)
     require(
         (alone, f"{alone} is for --image"),
-        ((config.source_prompt or config.encode_weights) and not config.invert,
-         "--source-prompt and --encode-weights are for --invert"),
+        ((config.source_prompt or config.source_g or config.encode_weights) and not config.invert,
+         "--source-prompt, --source-g and --encode-weights are for --invert"),
         (config.invert and config.mask, "--invert and --mask don't work together: leave one out"),
+        (config.invert and config.sampler == "stochastic", "--invert encodes for the steps of ddim "
+         "or plms, and the stochastic sampler takes others: leave one out"),
+        (config.source_g and not abs(_number(config.source_g)) <= 1000,
+         f"--source-g {config.source_g}: a number from -1000 to 1000"),
         (config.image and not config.prompt, "--image needs --prompt: what is to be painted"),
         (config.image and config.export, "--export samples nothing: leave out --image"),
         (config.image and not fits, f"--strength {config.strength}: a number above 0 and "
@@ -70,13 +74,13 @@ def find_images(given: str) -> list[Path]:
     return files
 
 
-def open_image(path: Path) -> Image.Image:
-    """The image as it is seen, RGB: upright, on white. Raises BadInput."""
+def open_image(path: Path, background: str = "white") -> Image.Image:
+    """The image as it is seen, RGB: upright, what is transparent on white. Raises BadInput."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(path) as image:
-                return to_rgb(image)
+                return to_rgb(image, background)
     except UnidentifiedImageError as error:
         raise BadInput(f"{path} is not an image that Pillow reads") from error
     except Exception as error:                          # on damaged files decoders raise anything
@@ -93,13 +97,20 @@ def read_mask(path: Path, width: int, height: int) -> Tensor:
     """(1, 1, 8 H, 8 W) of 1 where a mask is white, or lighter than half, and 0 elsewhere.
 
     The same part is cut out as of an image. It is resized by nearest neighbour, so that an edge
-    stays one. Raises BadInput where nothing in it is white enough to change a latent.
+    stays one. What is transparent is not white: it keeps the image. Raises BadInput where nothing
+    in it is white enough to change a latent.
     """
-    mask = ImageOps.fit(open_image(path).convert("L"), (width, height), Image.Resampling.NEAREST)
+    whole = open_image(path, "black").convert("L")
+    mask = ImageOps.fit(whole, (width, height), Image.Resampling.NEAREST)
     white = torch.frombuffer(bytearray(mask.tobytes()), dtype=torch.uint8) >= 128
     white = white.view(1, 1, height, width).float()
-    require((not to_latent(white).any(), f"--mask {path}: nothing in it is white, or only what is "
-             "too thin for the latent's 8 × 8 pixels, so nothing would be painted anew"))
+    require(
+        (whole.getextrema()[1] < 128, f"--mask {path}: nothing in it is white, so nothing would be "
+         "repainted"),
+        (not white.any(), f"--mask {path}: nothing is white in the middle, which is cut out to "
+         f"{width} × {height}"),
+        (not to_latent(white).any(), f"--mask {path}: what is white in it is too thin for the "
+         "latent's pixels of 8 × 8"))
     return white
 
 

@@ -116,6 +116,10 @@ def load_guide(path: Path, base: UNetConfig, dtype: torch.dtype = torch.float32,
         there, here = asdict(shape), asdict(base)
         sizes = ", ".join(f"{k} {there[k]} and not {here[k]}" for k in here if there[k] != here[k])
         raise CheckpointError(f"{path} was trained for a base of another size ({sizes}): {advice}")
+    if _is_of_another_kind(shape, base):
+        raise CheckpointError(f"{path} was trained for a base of {base.out_channels} input "
+                              f"channels, and this one has {base.in_channels}, for inpainting: "
+                              "train a guide for it")
     tensors, _ = read_tensors(path)
     tensors = {name.removeprefix(KEY_PREFIX): tensor for name, tensor in tensors.items()}
     guide = build_on_meta(lambda: build_guide(base, config), path).to(dtype)
@@ -149,8 +153,14 @@ def fits(path: Path, base: UNetConfig) -> bool:
                       for name in opened.keys()}
     except CheckpointError:
         return False
-    return shape in (None, base) and shapes == {
+    return shape in (None, base) and not _is_of_another_kind(shape, base) and shapes == {
         name: list(tensor.shape) for name, tensor in guide.state_dict().items()}
+
+
+def _is_of_another_kind(shape: UNetConfig | None, base: UNetConfig) -> bool:
+    """Whether the base is an inpainting model and the guide's file does not note its base: older
+    files don't, and none of those was trained for one. A tiny guide's tensors can't tell."""
+    return shape is None and base.in_channels != base.out_channels
 
 
 # ------------------------------------------------------------------------------- finding one
@@ -227,15 +237,17 @@ def describe_guide(path: Path, about: dict, base: Base, original: str = "") -> s
     return ", ".join(parts)
 
 
-def doubts_about(path: Path, file: GuideFile, g: float, steps: int, sampler: str) -> list[str]:
+def doubts_about(path: Path, file: GuideFile, g_values: set[float], steps: int, sampler: str
+                 ) -> list[str]:
     """Why a guide may not do well with these settings, a line a reason."""
-    low, high = file.about.get("g_range") or (g, g)
+    low, high = file.about.get("g_range") or (-math.inf, math.inf)
     halved_to = file.about.get("steps") or 0                # 0: of stage one, for any number
     settings = file.about.get("settings") or {}
     given, as_long = f"{steps}", steps
     if sampler == "stochastic":
         given, as_long = f"{steps} stochastic ones, of twice the length,", steps / 2
-    reasons = ((not low <= g <= high, f"was trained for g from {low:g} to {high:g}"),
+    is_far = not all(low <= g <= high for g in g_values)
+    reasons = ((is_far, f"was trained for g from {low:g} to {high:g}"),
                (as_long < halved_to, f"was distilled for {halved_to} steps; {given} are fewer"),
                (halved_to and sampler == "plms", "was distilled for DDIM's steps, not for PLMS"),
                (halved_to and sampler == "stochastic" and not settings.get("stochastic"),

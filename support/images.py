@@ -25,7 +25,7 @@ def to_image(pixels: Tensor) -> Image.Image:
     return Image.fromarray(pixels.permute(1, 2, 0).contiguous().cpu().numpy())
 
 
-def to_rgb(image: Image.Image) -> Image.Image:
+def to_rgb(image: Image.Image, background: str = "white") -> Image.Image:
     """The image as it is seen: upright, on white, 16 bits of grey as 8. Raises ValueError.
 
     Pillow's own conversion clips 16 bits to white, and shows what is hidden by transparency.
@@ -37,7 +37,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
         raise ValueError("an image of floating-point numbers")
     if image.has_transparency_data:
         image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        image = Image.alpha_composite(Image.new("RGBA", image.size, background), image)
     return image.convert("RGB")
 
 

@@ -88,6 +88,10 @@ def test_inversion_is_measured_from_the_vae_s_own_reconstruction(workspace):
     z = ppdd.ddim(predict, meng.invert(predict, x, grid[::-1]), grid)
     error = (base.decode(z).float() - base.decode(x).float()).abs().mean().item()
     assert errors[1] == pytest.approx(error, rel=0.02)
+    z = ppdd.ddim(predict, meng.invert(predict, x, grid[::-1], at_end=True), grid)
+    error = (base.decode(z).float() - base.decode(x).float()).abs().mean().item()
+    assert rows["cfg-2-end"]["by g"]["8"] == pytest.approx(error, rel=0.02)
+    assert abs(error / errors[1] - 1) > 0.05            # the two are told apart
 
 
 def test_other_bases_are_refused(workspace, capsys, monkeypatch):

@@ -166,6 +166,9 @@ def test_a_halving_lands_on_the_teachers_latent(unet, batch):
     torch.testing.assert_close(result.correction, correction)
     error = (student(z, t, c, g) - result.target).square().mean((1, 2, 3))
     torch.testing.assert_close(result.error, error)
+    torch.testing.assert_close(result.loss, error.mean())
+    weighted = meng.halving(unet, student, teacher, z, t, T_MID, T_END, c, g, meng.truncated_snr)
+    torch.testing.assert_close(weighted.loss, (meng.truncated_snr(t) * error).mean())
 
 
 def test_the_last_odd_step_has_one_step_of_the_teacher_as_its_target(unet, batch):

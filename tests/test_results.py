@@ -535,6 +535,11 @@ def inversion_claims() -> Iterator[str]:
     yield f"CFG's error is {cfg}, or {at_end} where it is asked at a step's end; the full " \
           f"guide's is {full} and the tiny guide's {tiny}."
     cfg, full = rows["cfg-50"], rows["full"]
+    yield f"between g = 4 and g = 6, from {cfg['4']} to {cfg['6']};"
+    yield f"between g = 2 and g = 4, from {rows['cfg-8']['2']} to {rows['cfg-8']['4']}."
+    for name, first in (("cfg-50", 4), ("cfg-8", 2)):
+        by_g = {int(g): error for g, error in results("inversion")["rows"][name]["by g"].items()}
+        assert max(by_g, key=lambda g: by_g.get(g + 2, 0) - by_g[g]) == first
     yield f"CFG's grows from {cfg['2']} at g = 2 to {cfg['8']} at g = 8, the full guide's from " \
           f"{full['2']} to {full['8']}."
     yield f"steps is worse: {rows['tiny-seeing-16']['2']} against {rows['cfg-16-end']['2']}."

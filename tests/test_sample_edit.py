@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import random
 import shutil
@@ -14,7 +15,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import disagreement, noise
+from conftest import disagreement, noise, randomised
 from image_files import fill_folder, halves
 from PIL import Image
 from references import diffusers_pipeline, diffusers_unet, tokenizer  # noqa: F401 (fixtures)
@@ -42,12 +43,13 @@ import sample
 import train
 from clip_text import TextConfig
 from mini import postcards
-from support import editing
+from support import editing, fast
 from support.base import load_base
 from support.batches import Batches
 from support.checkpoint import load_unet, read_tensors
 from support.cli import BadInput, flag_of
 from support.data import CaptionedImages
+from support.guides import load_guide
 from support.images import to_image
 from unet import UNetConfig
 from vae import VAEConfig
@@ -158,13 +160,55 @@ def test_a_guide_for_steps_as_long_as_the_stochastic_ones_is_taken(files, capsys
     assert "8 stochastic ones, of twice the length, are fewer" in capsys.readouterr().err
 
 
-def test_an_inversion_takes_another_base_s_noise(files, toys):
+@pytest.mark.parametrize("guide", ["cfg", "tiny"])
+def test_an_inversion_goes_up_with_its_own_base_prompt_and_g(files, toys, guide, capsys):
+    """Written out: up with the source's base, prompt and g, and down with those of the image."""
     other = write_base(files / "other.safetensors", UNET, replace(VAE_CONFIG, scale_factor=0.5),
-                       TEXT, torch.float32)
-    line = f"{PROMPT} {WAYS['invert']} --steps 4 --source-prompt boat"
-    made = [command(f"{line} {more}")[-1] for more in (
-        "", f"--encode-weights {toys}/toy.safetensors", f"--encode-weights {other}")]
-    assert difference(*made[:2]) == 0 < difference(*made[1:])
+                       TEXT, torch.float32, seed=5)
+    line = f"{PROMPT} {WAYS['invert']} --steps 8 --guide {guide}"
+    made = command(f"{line} --source-prompt boat --source-g 4 --encode-weights {other}")[-1]
+    assert "up to t = 999, encoded by other" in capsys.readouterr().out
+    command(f"{line} --source-prompt", "boat " * 200)
+    assert "1 of 2 prompts cut after 75 tokens" in capsys.readouterr().out
+    base, source = (load_base(path) for path in (toys / "toy.safetensors", other))
+    module = None
+    if guide == "tiny":
+        module = load_guide(Path("guides/toy/tiny-8.safetensors"), UNET)
+    z = source.encode(editing.read_images([Path("image.png")], 64, 64), 0)
+    grid = ppdd.step_grid(8)
+    up = functools.partial(meng.invert, at_end=guide == "tiny")
+    for where, prompt, g, sampler, steps in ((source, "boat", 4.0, up, grid[::-1]),
+                                             (base, "tree", 2.0, ppdd.ddim, grid)):
+        empty = where.embed([""]) if guide == "cfg" else None
+        z = fast.sample(where.unet, z, where.embed([prompt]), g, 8, module, empty, sampler,
+                        grid=steps)
+    expected = base.decode(z)[0].permute(1, 2, 0).float().numpy()
+    assert abs(pixels(made) - expected).max() <= 2
+    for less in ("--source-prompt boat", "--source-g 4", f"--encode-weights {other}"):
+        words = f"--source-prompt boat --source-g 4 --encode-weights {other}".replace(less, "")
+        assert difference(command(f"{line} {words}")[-1], made) > 5, less
+
+
+@pytest.mark.parametrize("sampler, guide", [
+    ("stochastic", "none"), ("plms", "none"), ("stochastic", "whole-2.safetensors")])
+def test_an_image_is_painted_over_with_the_sampler_that_was_asked_for(files, toys, sampler, guide):
+    """Written out; the stochastic one takes new noise, not that of the start."""
+    write_guide(files / "whole-2.safetensors", UNET, "whole", 2)
+    made = command(f"{PROMPT} --steps 4 --guide {guide} --image image.png --strength 0.75 --seed 3 "
+                   f"--sampler {sampler}")[-1]
+    base = load_base(toys / "toy.safetensors")
+    noises = meng.noise_stream([3], (4, 8, 8), base.device)
+    x = base.encode(editing.read_images([Path("image.png")], 64, 64), next(noises))
+    grid = ppdd.step_grid(4)[1:]
+    z = ppdd.add_noise(x, next(noises), grid[0])
+    run = ppdd.plms if sampler == "plms" else functools.partial(meng.stochastic, noises=noises)
+    c = base.embed(["tree"])
+    net, more = base.unet, ()
+    if guide != "none":
+        net, more = load_guide(Path(guide), UNET), (torch.tensor([8.0]),)
+    z = run(lambda z, t: net(z, torch.tensor([t]), c, *more), z, grid)
+    expected = base.decode(z)[0].permute(1, 2, 0).float().numpy()
+    assert abs(pixels(made) - expected).max() <= 2
 
 
 @pytest.mark.parametrize("guide, steps, at_end", [
@@ -202,6 +246,14 @@ def test_images_are_seen_upright_on_white_and_cut_to_the_middle(files):
     assert torch.equal(palette, editing.read_images([Path("many/d.gif")], 64, 32)[0])
 
 
+def test_what_is_transparent_in_a_mask_keeps_the_image(files):
+    shape = Image.new("RGBA", (64, 64), (255, 255, 255, 0))
+    shape.paste((255, 255, 255, 255), (8, 16, 32, 48))
+    shape.save("shape.png")
+    mask = editing.read_mask(Path("shape.png"), 64, 64)
+    assert mask[..., 16:48, 8:32].all() and mask.sum() == 24 * 32
+
+
 def test_a_mask_is_resized_by_nearest_neighbour(files):
     mask = editing.read_mask(Path("mask.png"), 64, 64)
     assert mask.shape == (1, 1, 64, 64) and mask[..., :32, :].all() and not mask[..., 32:, :].any()
@@ -227,6 +279,13 @@ def test_an_inpainting_model_takes_image_mask_and_its_own_guides(files, painter,
     message = refusal(capsys, *line.split(), "--guide", "four.safetensors")
     assert "in_channels 4 and not 9" in message
     assert "no tiny guide for painter" in refusal(capsys, *line.split())
+    silent = write_guide(files / "guides/painter/tiny-8.safetensors", UNET, "tiny", 8)
+    tensors, metadata = read_tensors(silent)
+    del metadata["unet_config"]                     # older files don't note their base
+    save_file(tensors, silent, metadata)
+    assert "no tiny guide for painter" in refusal(capsys, *line.split())
+    assert "for a base of 4 input channels, and this one has 9" in refusal(
+        capsys, *line.split(), "--guide", str(silent))
     for flags in ("", WAYS["image"], WAYS["invert"]):
         message = refusal(capsys, "--weights", str(painter), *PROMPT.split(), *flags.split())
         assert "painter.safetensors is an inpainting model, with 9 input channels" in message
@@ -234,12 +293,14 @@ def test_an_inpainting_model_takes_image_mask_and_its_own_guides(files, painter,
 
 
 @pytest.mark.parametrize("kind", ["tiny", "full", "whole"])
-def test_a_guide_is_trained_for_an_inpainting_model_and_used(files, painter, kind):
+def test_a_guide_is_trained_for_an_inpainting_model_and_used(files, painter, kind, capsys):
     fill_folder(files / "data", ["a tree", "a boat"])
-    train.main(["--weights", str(painter), "--data", "data", "--guide", kind, "--updates", "2",
-                "--batch", "2", "--size", "64", "--start-steps", "2", "--end-steps", "1",
-                "--halving-updates", "2", "--device", "cpu", "--run", "run", "--out", "mine",
+    train.main(["--weights", str(painter), "--data", "data", "--guide", kind,
+                "--max-updates", "2", "--batch", "2", "--size", "64", "--start-steps", "2",
+                "--end-steps", "1", "--device", "cpu", "--run", "run", "--out", "mine",
                 "--grid-every", "1"])
+    assert (f"python sample.py --guide mine/painter/{kind}-1.safetensors --steps 1 --g 8 --weights "
+            f"{painter} --image FILE --mask FILE --prompt TEXT\n") in capsys.readouterr().out
     assert len(list(Path("run").glob("*.png"))) >= 2
     line = f"--weights {painter} {PROMPT} --steps 1 {WAYS['mask']}"
     made = [command(f"{line} {more}")[-1] for more in (
@@ -262,6 +323,19 @@ def test_the_masks_of_training_are_drawn_anew_and_hide_what_they_cover(files, pa
     pixels = masks[3:4].repeat_interleave(8, 2).repeat_interleave(8, 3)
     expected = base.encode(image * (1 - pixels), batch.noise[2, 3:4])
     assert disagreement(latents[3:4], expected) < 1e-4
+
+
+def test_each_latent_of_a_batch_is_trained_beside_its_own_mask(painter):
+    base = load_base(painter, inpainting=True)
+    guide = randomised(lambda: ppdd.build_guide(NINE, ppdd.GuideConfig(kind="full")))
+    trainer = SimpleNamespace(base=base, run_guide=guide, teacher=None, paper=ppdd,
+                              config=train.Config(loss="eps"), empty=base.embed([""]),
+                              current_stage=SimpleNamespace(steps=0))
+    z, beside, c = noise(3, 4, 8, 8), noise(3, 5, 8, 8), base.embed(["a tree", "a boat", ""])
+    t, g = torch.tensor([900, 500, 100]), torch.tensor([2.0, 5.0, 9.0])
+    whole, *alone = (train.Trainer.distill(trainer, *(x[part] for x in (z, t, c, g, beside))).error
+                     for part in (slice(3), slice(1), slice(1, 2), slice(2, 3)))
+    assert torch.allclose(whole, torch.cat(alone), rtol=1e-3)
 
 
 @pytest.mark.parametrize("more", ["", "--cache cache", "--trajectories 0.5"])
@@ -306,6 +380,12 @@ def test_the_channels_of_an_inpainting_model_are_read_off_its_weights(painter, t
     ("--image image.png --invert --mask mask.png", "leave one out"),
     ("--image image.png --export x", "leave out --image"),
     ("--image image.png --mask black.png", "nothing in it is white"),
+    ("--image side.png --mask side.png", "nothing is white in the middle"),
+    ("--image image.png --mask thin.png", "too thin for the latent's pixels"),
+    ("--image image.png --invert --sampler stochastic", "leave one out"),
+    ("--image image.png --invert --source-g many", "--source-g many: a number"),
+    ("--image image.png --source-g 2", "are for --invert"),
+    ("--image image.png --invert --source-prompt \udcff", "bytes that are not text"),
     ("--image image.png --mask wide.png", "wide.png is 96 × 64 and image.png 64 × 64"),
     ("--image many --mask mask.png", "many/a.jpg 90 × 64"),
     ("--image image.png --mask no.png", "no.png"),
@@ -317,6 +397,9 @@ def test_bad_input_is_answered_with_one_sentence(files, toys, capsys, line, part
     Path("cut.png").write_bytes(Path("image.png").read_bytes()[:-200])
     Image.new("L", (64, 64)).save("black.png")
     Image.new("L", (96, 64), 255).save("wide.png")
+    side, thin = Image.new("L", (192, 64)), Image.new("L", (64, 64))
+    side.paste(255, (0, 0, 40, 64)), thin.paste(255, (9, 9, 14, 14))
+    side.save("side.png"), thin.save("thin.png")
     shutil.copy(toys / "deep.safetensors", "deep.safetensors")
     assert part in refusal(capsys, *PROMPT.split(), "--steps", "2", *line.split())
     assert not list(Path().glob("out/*"))
@@ -385,5 +468,22 @@ def test_full_size_parity(tmp_path, tokenizer, ways):
     try:
         for way in ways:
             check_parity(way, 0.5, file, tmp_path, tokenizer, configs, 256)
+        if "image" in ways:
+            check_what_diffusers_lacks(file, tmp_path, configs[0])
     finally:
         file.unlink()
+
+
+def check_what_diffusers_lacks(file: Path, tmp_path: Path, config: UNetConfig) -> None:
+    """Encoding, noise between the steps, and a student."""
+    student = write_guide(tmp_path / "whole-2.safetensors", config, "whole", 2)
+    line = f"--weights {file} --size 128 --steps 2 --g 2 --dtype fp32 --device cpu --prompt tree"
+    shared, made = [*line.split(), "--out", f"{tmp_path}/more"], []
+    for way in ("--guide cfg", "--guide cfg --sampler stochastic", f"--guide {student}",
+                f"--guide cfg --invert --image {tmp_path}/image.png"):
+        sample.main([*shared, *way.split()])
+        made.append(pixels(sorted((tmp_path / "more").glob("[0-9]*.png"))[-1]))
+    student.unlink()
+    for k, image in enumerate(made):
+        assert image.shape == (128, 128, 3) and image.std() > 10
+        assert all(abs(image - other).mean() > 3 for other in made[:k])
