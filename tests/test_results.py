@@ -5,13 +5,14 @@ import re
 from collections.abc import Callable, Iterator
 from itertools import chain
 from pathlib import Path
+from statistics import fmean, stdev
 
 import pytest
 
 import train
 from evaluation.report import passes_text
 from mini.judge import judge_hash
-from mini.study import batches_study, looking_study, student_study
+from mini.study import batches_study, looking_study, seeds_study, student_study
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = (ROOT / "RESULTS.md").read_text(encoding="utf-8")
@@ -129,6 +130,25 @@ def students() -> Iterator[str]:
         optimizer = {"muon": "Muon", "adamw": "AdamW"}[made["optimizer"]]
         yield (f"| {name}, {optimizer}, {made['lr']:g} | {row['parameters']:,} "
                f"| {100 * row['unexplained']:.1f} |")
+
+
+def over_trainings() -> Iterator[str]:
+    """Mean and standard deviation over the trainings that differ in nothing but their seed."""
+    kinds: dict[str, list[dict]] = {}
+    for row in studied(seeds_study()):
+        made = row["settings"]
+        name = f"{made['form']}, trained at g = 8 only" if "g" in made else made["form"]
+        kinds.setdefault(name, []).append(row)
+    for name, rows in kinds.items():
+        cells = [mean_sd([100 * row["unexplained"] for row in rows])]
+        for setting in (f"g = {g}, {steps} steps" for g in (2, 8) for steps in (16, 8)):
+            values = [100 * row[ACCURACY][setting] for row in rows if setting in row[ACCURACY]]
+            cells.append(mean_sd(values) if values else "")
+        yield f"| {name} | {' | '.join(cells)} |"
+
+
+def mean_sd(values: list[float]) -> str:
+    return f"{fmean(values):.1f} ± {stdev(values):.1f}"
 
 
 def inversion() -> Iterator[str]:
@@ -274,8 +294,8 @@ def beside_the_paper() -> Iterator[str]:
 @pytest.mark.parametrize("page, lines", [
     *((RESULTS, lines) for lines in (table1, table2, table3, match, distances, seeing,
                                      looking, features, inversion, trials, batch_sizes, few_steps,
-                                     students, speed, speed_on_a_gpu, eager_on_a_gpu,
-                                     growth_on_a_gpu,
+                                     students, over_trainings, speed, speed_on_a_gpu,
+                                     eager_on_a_gpu, growth_on_a_gpu,
                                      training_on_a_gpu, miniature)),
     (README, beside_the_paper)], ids=lambda value: getattr(value, "__name__", ""))
 def test_tables_show_the_result_files(page: str, lines: Callable[[], Iterator[str]]):
@@ -491,6 +511,35 @@ def batch_claims() -> Iterator[str]:
           f"{best(**gated, optimizer='adamw')} % with AdamW."
 
 
+def training_spread_claims() -> Iterator[str]:
+    """What "Spread over trainings" says of results/study.json."""
+    lines = {cells[1].strip(): [cell.strip() for cell in cells[2:-1]]
+             for cells in (line.split("|") for line in over_trainings())}
+    spreads = {name: [float(cell.split("±")[1]) for cell in cells if cell]
+               for name, cells in lines.items()}
+    widest = [max(found) for found in ([row[0] for row in spreads.values()],
+                                       [x for row in spreads.values() for x in row[1:]])]
+    yield f"by at most {widest[0]} points in what is left, and {widest[1]} in accuracy."
+    by_form: dict[str, list[list[float]]] = {}
+    for row in studied(seeds_study()):
+        if "g" not in row["settings"]:
+            by_form.setdefault(row["settings"]["form"], []).append(
+                [-row["unexplained"], *row[ACCURACY].values()])
+    better = {(a, b): [min(one) > max(other) for one, other in zip(zip(*by_form[a]),
+                                                                   zip(*by_form[b]))]
+              for a, b in (("seeing", "gated"), ("gated", "sum"))}
+    assert all(better["seeing", "gated"]) and better["gated", "sum"] == [True] * 4 + [False]
+    yield f"it has {lines['gated'][4]} % and the sum {lines['sum'][4]} %."
+    fixed = lines["sum, trained at g = 8 only"]
+    yield f"{fixed[3]} % in 16 steps, where the guide for all g has {lines['sum'][3]} %, and " \
+          f"{fixed[4]} % in 8 steps, where that has {lines['sum'][4]} %."
+    for cells in lines.values():
+        for more, fewer in ((1, 2), (3, 4)):
+            if cells[more]:
+                (a, da), (b, db) = (map(float, cells[k].split("±")) for k in (more, fewer))
+                assert abs(a - b) < da + db + 0.1
+
+
 def few_claims() -> Iterator[str]:
     """What "The predecessor" says of results/few.json."""
     rows = results("few")["bases"]["mini"]["rows"]
@@ -647,7 +696,8 @@ def training_claims() -> Iterator[str]:
      lambda: chain(claims(), plugged_in_claims()), ["81.0 %", "87.2 %"]),
     ("## What was tried", "## Batch size", trial_claims,
      ["114.5 %", "43.2 %", "82.8 %", "43.6 %"]),
-    ("## Batch size", "## Figures", batch_claims,
+    ("## Spread over trainings", "## Figures", training_spread_claims, []),
+    ("## Batch size", "## Spread over trainings", batch_claims,
      ["43.6 %", "25.7 %", "2.4 million", "5.7 million", "24.6 %", "35.2 %", "82.8 %",
       "23.8 % and 39.8 %"]),
     ("### What the guides add", "## Editing images", feature_claims, ["Section 5.4"]),
