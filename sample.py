@@ -77,8 +77,8 @@ class Config:
                         group="what to edit")
     strength: str = option("", "how much of an image gives way, above 0 and below 1, with --mask "
                                "or --invert up to 1; default: 0.6, with those 1")
-    mask: str = option("", "an image that is white where --image is to be repainted; also for "
-                           "inpainting models")
+    mask: str = option("", "an image that is white where --image is to be repainted; "
+                           "transparent parts are kept; also for inpainting models")
     invert: bool = option(False, "run DDIM backwards from --image to its noise, and start there")
     source_prompt: str = option("", "what the image shows, for --invert; default: nothing")
     source_g: str = option("", "guidance number of the way to the noise, for --invert; default: "
@@ -249,9 +249,12 @@ def sample_images(config: Config, base: Base, method: Method, shots: list[Shot],
     if config.invert:
         source = base.source or base
         prompts = [config.source_prompt] * len(shots)
-        upwards = functools.partial(meng.invert, at_end=method.on_grid)
-        z = sample_latents(replace(config, g=source_g(config)), source, method, prompts,
-                           source.encode(pixels, 0), upwards, grid[::-1], progress)
+        g, up = source_g(config), method
+        if g == 0 and method.kind not in ("cfg", "whole"):          # a guide never learned g = 0
+            up = Method("none", "none", None, method.step)
+        upwards = functools.partial(meng.invert, at_end=up.on_grid)
+        z = sample_latents(replace(config, g=g), source, up, prompts, source.encode(pixels, 0),
+                           upwards, grid[::-1], progress)
     elif config.image:
         mask = editing.read_mask(expand(config.mask), width, height) if config.mask else None
         z, sampler = editing.start(base, pixels, mask, strength, grid, noises, sampler)
@@ -342,6 +345,8 @@ def check(config: Config) -> None:
     require(
         (path and path.suffix != ".safetensors", f"--guide {config.guide}: {', '.join(METHODS)} "
          "or the path of a .safetensors guide"),
+        (config.source_g and config.guide == "none" and not config.compare, "--source-g is for "
+         "guidance, and --guide none or --g 0 has none: leave it out"),
         (config.negative and (config.guide != "cfg" or config.compare), "--negative is for "
          "--guide cfg: a guide learns its negative prompt in training, from train.py --uncond"),
         (config.guides and not expand(config.guides).is_dir(),
@@ -419,7 +424,8 @@ def find_method(config: Config, base: Base, guide: str) -> Method:
                        f"`{training_command(config, base, guide)}`, or use --guide cfg, or the "
                        "miniature with its guides: --weights mini")
     file = guides.read_guide(path)
-    original = config.transplant if file.config.kind == "whole" else ""
+    kind = file.config.kind
+    original = config.transplant if kind == "whole" else ""
     if original:
         module = guides.transplant(path, original, base)
         source = find_weights(original)
@@ -430,11 +436,11 @@ def find_method(config: Config, base: Base, guide: str) -> Method:
         prepack(module)
     distributed.print_once(guides.describe_guide(path, file.about, base, original))
     if not config.export:
-        g_values = {config.g, source_g(config)}
+        g_values = {config.g, source_g(config)} - (set() if kind == "whole" else {0.0})
         warn(*guides.doubts_about(path, file, g_values, config.steps, config.sampler))
     halved_to = file.about.get("steps") or 0
     on_grid = halved_to > 0 and halved_to % config.steps == 0
-    return Method(path.stem, file.config.kind, module, step, on_grid)
+    return Method(path.stem, kind, module, step, on_grid)
 
 
 def step_length(config: Config) -> int:

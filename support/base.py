@@ -125,8 +125,8 @@ def load_base(path: Path, dtype: torch.dtype = torch.float32,
     unet_ = to_channels_last(load_unet(path, dtype, device))
     if unet_.config.in_channels == 2 * unet_.config.out_channels + 1 and not inpainting:
         raise CheckpointError(f"{path} is an inpainting model, with {unet_.config.in_channels} "
-                              "input channels, for sample.py with --image and --mask: "
-                              f"without a mask, {PASS_SD15}")
+                              "input channels: it works in sample.py with --image and "
+                              f"--mask, and in train.py; here, {PASS_SD15}")
     vae_ = to_channels_last(load_vae(vae_path or path, dtype, device))
     text = load_text_encoder(path, dtype, device)
     _check_fit(unet_.config, vae_.config, text.config, f"{path} with {vae}" if vae else str(path))

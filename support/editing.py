@@ -75,7 +75,7 @@ def find_images(given: str) -> list[Path]:
 
 
 def open_image(path: Path, background: str = "white") -> Image.Image:
-    """The image as it is seen, RGB: upright, what is transparent on white. Raises BadInput."""
+    """The image as it is seen, RGB: upright, on the background. Raises BadInput."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
@@ -101,16 +101,19 @@ def read_mask(path: Path, width: int, height: int) -> Tensor:
     in it is white enough to change a latent.
     """
     whole = open_image(path, "black").convert("L")
+    w, h = whole.size
+    cut = min(w, round(h * width / height)) or 1, min(h, round(w * height / width)) or 1
+    middle = ImageOps.fit(whole, cut, Image.Resampling.NEAREST)
     mask = ImageOps.fit(whole, (width, height), Image.Resampling.NEAREST)
     white = torch.frombuffer(bytearray(mask.tobytes()), dtype=torch.uint8) >= 128
     white = white.view(1, 1, height, width).float()
     require(
         (whole.getextrema()[1] < 128, f"--mask {path}: nothing in it is white, so nothing would be "
          "repainted"),
-        (not white.any(), f"--mask {path}: nothing is white in the middle, which is cut out to "
-         f"{width} × {height}"),
-        (not to_latent(white).any(), f"--mask {path}: what is white in it is too thin for the "
-         "latent's pixels of 8 × 8"))
+        (middle.getextrema()[1] < 128, f"--mask {path}: nothing is white in its middle, the part "
+         f"that is used at {width} × {height}"),
+        (not to_latent(white).any(), f"--mask {path}: what is white in it is too thin at "
+         f"{width} × {height}, where a latent's pixels are 8 × 8"))
     return white
 
 

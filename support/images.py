@@ -26,7 +26,7 @@ def to_image(pixels: Tensor) -> Image.Image:
 
 
 def to_rgb(image: Image.Image, background: str = "white") -> Image.Image:
-    """The image as it is seen: upright, on white, 16 bits of grey as 8. Raises ValueError.
+    """The image as it is seen: upright, on the background, 16 bits of grey as 8. Raises ValueError.
 
     Pillow's own conversion clips 16 bits to white, and shows what is hidden by transparency.
     """

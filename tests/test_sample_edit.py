@@ -184,6 +184,15 @@ def test_an_inversion_goes_up_with_its_own_base_prompt_and_g(files, toys, guide,
                         grid=steps)
     expected = base.decode(z)[0].permute(1, 2, 0).float().numpy()
     assert abs(pixels(made) - expected).max() <= 2
+    unguided = command(f"{line} --source-g 0")[-1]
+    assert "trained for g" not in capsys.readouterr().err
+    z = editing.read_images([Path("image.png")], 64, 64)
+    z = fast.sample(base.unet, base.encode(z, 0), base.embed([""]), 0.0, 8, grid=grid[::-1],
+                    sampler=meng.invert)
+    z = fast.sample(base.unet, z, base.embed(["tree"]), 2.0, 8, module,
+                    base.embed([""]) if guide == "cfg" else None)
+    expected = base.decode(z)[0].permute(1, 2, 0).float().numpy()
+    assert abs(pixels(unguided) - expected).max() <= 2
     for less in ("--source-prompt boat", "--source-g 4", f"--encode-weights {other}"):
         words = f"--source-prompt boat --source-g 4 --encode-weights {other}".replace(less, "")
         assert difference(command(f"{line} {words}")[-1], made) > 5, less
@@ -380,11 +389,13 @@ def test_the_channels_of_an_inpainting_model_are_read_off_its_weights(painter, t
     ("--image image.png --invert --mask mask.png", "leave one out"),
     ("--image image.png --export x", "leave out --image"),
     ("--image image.png --mask black.png", "nothing in it is white"),
-    ("--image side.png --mask side.png", "nothing is white in the middle"),
-    ("--image image.png --mask thin.png", "too thin for the latent's pixels"),
+    ("--image side.png --mask side.png", "nothing is white in its middle"),
+    ("--image image.png --mask thin.png", "too thin at 64 × 64"),
+    ("--image image.png --mask fine.png", "too thin at 64 × 64"),
     ("--image image.png --invert --sampler stochastic", "leave one out"),
     ("--image image.png --invert --source-g many", "--source-g many: a number"),
     ("--image image.png --source-g 2", "are for --invert"),
+    ("--image image.png --invert --source-g 4 --g 0", "--source-g is for guidance"),
     ("--image image.png --invert --source-prompt \udcff", "bytes that are not text"),
     ("--image image.png --mask wide.png", "wide.png is 96 × 64 and image.png 64 × 64"),
     ("--image many --mask mask.png", "many/a.jpg 90 × 64"),
@@ -400,6 +411,8 @@ def test_bad_input_is_answered_with_one_sentence(files, toys, capsys, line, part
     side, thin = Image.new("L", (192, 64)), Image.new("L", (64, 64))
     side.paste(255, (0, 0, 40, 64)), thin.paste(255, (9, 9, 14, 14))
     side.save("side.png"), thin.save("thin.png")
+    fine = Image.new("L", (640, 640))               # lost when it is resized
+    fine.paste(255, (311, 0, 313, 640)), fine.save("fine.png")
     shutil.copy(toys / "deep.safetensors", "deep.safetensors")
     assert part in refusal(capsys, *PROMPT.split(), "--steps", "2", *line.split())
     assert not list(Path().glob("out/*"))
@@ -475,7 +488,7 @@ def test_full_size_parity(tmp_path, tokenizer, ways):
 
 
 def check_what_diffusers_lacks(file: Path, tmp_path: Path, config: UNetConfig) -> None:
-    """Encoding, noise between the steps, and a student."""
+    """Encoding, noise between the steps, and a student: that they run at this size, and differ."""
     student = write_guide(tmp_path / "whole-2.safetensors", config, "whole", 2)
     line = f"--weights {file} --size 128 --steps 2 --g 2 --dtype fp32 --device cpu --prompt tree"
     shared, made = [*line.split(), "--out", f"{tmp_path}/more"], []
