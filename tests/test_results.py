@@ -117,15 +117,16 @@ def batch_sizes() -> Iterator[str]:
 
 def longer() -> Iterator[str]:
     """A line for each kind of guide and number of images, a column for each batch size."""
-    lines: dict[tuple, dict[int, str]] = {}
-    for kind in ("tiny", "full"):
+    for kind, name in (("tiny", "seeing"), ("full", "full")):
         for states in (25_600, 60_000):
-            rows = (row for row in studied(longer_study(), states)
-                    if row["settings"]["guide"] == kind)
-            lines["seeing" if kind == "tiny" else kind, states] = {
-                row["settings"]["batch"]: f"{100 * row['unexplained']:.1f}" for row in rows}
-    for (name, states), left in lines.items():
-        yield f"| {name} | {states:,} | {' | '.join(left[batch] for batch in (32, 128, 512))} |"
+            left = left_by_batch(kind, states)
+            cells = (f"{100 * left[batch]:.1f}" for batch in (32, 128, 512))
+            yield f"| {name} | {states:,} | {' | '.join(cells)} |"
+
+
+def left_by_batch(kind: str, states: int) -> dict[int, float]:
+    return {row["settings"]["batch"]: row["unexplained"]
+            for row in studied(longer_study(), states) if row["settings"]["guide"] == kind}
 
 
 def looking() -> Iterator[str]:
@@ -531,8 +532,7 @@ def longer_claims() -> Iterator[str]:
                      "images, and {} more after 60,000;"), ("full", "the full guide {} and {}.")):
         gaps = []
         for states in (25_600, 60_000):
-            left = {row["settings"]["batch"]: row["unexplained"]
-                    for row in studied(longer_study(), states) if row["settings"]["guide"] == kind}
+            left = left_by_batch(kind, states)
             assert left[32] < left[128] < left[512]
             gaps.append(100 * (left[512] - left[32]))
         assert gaps[1] < gaps[0]
