@@ -62,7 +62,7 @@ COMMANDS = {name: Command(*entry) for name, entry in {
     "table2": (table2, "guides, CFG and no guidance, by number of steps and g", TABLES),
     "table3": (table3, "the plain base's guides plugged into fine-tuned bases", TABLES + "bases"),
     "few": (few, "a distilled UNet and guides in 8 steps and fewer", TABLES),
-    "match": (match, "how much of the CFG correction a guide explains", SAMPLES),
+    "match": (match, "how much of the CFG correction a guide explains", SAMPLES + "rows"),
     "features": (features, "what guides add: how much by t and g, and where", SAMPLES),
     "fig5": (fig5, "the paper's Fig. 5: guides by number of steps", FIGURES),
     "fig6": (fig6, "the paper's Fig. 6: guides beside CFG", FIGURES),
@@ -116,8 +116,8 @@ class Config:
     prompt: tuple[str, ...] = option((), "what to paint; default: a few examples")
     g: tuple[float, ...] = option((), "guidance numbers, 0: no guidance; default: 2 4 6 8, or 8 "
                                       "where there is one", low=-1000, high=1000, type=float)
-    rows: tuple[str, ...] = option((), "measure only these rows, by name (cfg-16); the file's "
-                                       "others are kept, and all are timed")
+    rows: tuple[str, ...] = option((), "measure only these rows, by name (cfg-16); a table's file "
+                                       "keeps its others")
     seeds: int = option(0, "seeds, each with --count images; 0: 3", low=0, high=MILLION)
     references: int = option(0, "real postcards to compare with; 0: 2000", low=0, high=MILLION)
     repeats: int = option(0, "rounds of timing; 0: 3", low=0, high=MILLION)
@@ -143,6 +143,8 @@ def configure(argv: list[str]) -> Config | SpeedConfig:
                                         "--help` lists its flags") for field in unused))
     config = parse(kind, f"eval.py {name}", command.about, argv[1:], ("paths",), unused)
     require((config.quick and config.update_results, "--update-results: not with --quick"),
+            (name == "match" and config.rows and config.update_results,
+             "--rows leaves rows out: without --update-results, give --out"),
             (world_size() > 1 and name not in ("table2", "table3"),
              f"{name} runs in one process: leave out torchrun"))
     return replace(config, command=name)

@@ -25,6 +25,7 @@ from evaluation.report import markdown_table, protocol_list, result_file, write_
 from evaluation.sampling import Prompts, Row
 from mini import postcards
 from support.base import Base, find_weights
+from support.cli import require
 from support.machine import provenance, resolve_dtype
 
 BINS = 10                       # of t
@@ -37,6 +38,10 @@ def match(config) -> None:
     how far from CFG's latents every way of sampling ends."""
     config, base, every, prompts = _prepare(config)
     rows = stage_one(every, base)
+    if config.rows:
+        every = sampling.named_rows(config, every)
+        rows = [row for row in rows if row in every]
+        require((not rows, "--rows: name a guide of stage one too"))
     others = [row for row in every if row.name not in ("none-50", "cfg-50")]
     steps = 10 if config.quick else sampling.STAGE_ONE
     grid = ppdd.step_grid(steps)

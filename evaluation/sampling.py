@@ -189,6 +189,14 @@ def guide_row(config, base: Base, name: str) -> Row:
                bool(about.get("steps")))
 
 
+def named_rows(config, rows: list[Row]) -> list[Row]:
+    """The rows that --rows names, or all. Raises BadInput for a name that none of them has."""
+    unknown = [name for name in config.rows if name not in {row.name for row in rows}]
+    require((unknown, f"--rows {' '.join(unknown)}: there is no such row; those there are: "
+                      f"{', '.join(row.name for row in rows)}"))
+    return [row for row in rows if not config.rows or row.name in config.rows]
+
+
 def require_guides(rows: list[Row], base: Base, what: str = "guide") -> list[Row]:
     """The rows. Raises BadInput where none of them has a guide."""
     require((not any(row.guide for row in rows),

@@ -226,10 +226,7 @@ def tabulate(config, rows: list[Row], bases: Iterable[Base], names: list[str]) -
              f"--real: one set of images for all bases, or {len(names)}, one each"))
     check_kept(file, "bases", previous["bases"], names)
     rows = [row for row in rows if row.g_values(config.g)]
-    unknown = [name for name in config.rows if name not in {row.name for row in rows}]
-    require((unknown, f"--rows {' '.join(unknown)}: there is no such row; those there are: "
-                      f"{', '.join(row.name for row in rows)}"))
-    measured = [row for row in rows if not config.rows or row.name in config.rows]
+    measured = sampling.named_rows(config, rows)
     cells = [Cell(row, g, seed) for row in measured for g in row.g_values(config.g)
              for seed in range(config.seed, config.seed + config.seeds)]
     result: dict[str, dict] = {"protocol": {}, "bases": {}}
@@ -260,33 +257,35 @@ def tabulate(config, rows: list[Row], bases: Iterable[Base], names: list[str]) -
 
 def finished_base(work: Cells, cells: list[Cell], rows: list[Row], kept: dict) -> dict:
     """A base's part of a result, once its cells have their scores."""
-    folded = kept | work.fold(cells)
-    folded = {row.name: folded[row.name] for row in rows}
-    for name, milliseconds in work.time_rows(rows).items():
-        folded[name]["milliseconds"] = milliseconds
-    return {"base hash": work.base_hash, "measured by": work.metrics.describe(), "rows": folded}
+    measured = work.fold(cells)
+    for name, milliseconds in work.time_rows([r for r in rows if r.name in measured]).items():
+        measured[name]["milliseconds"] = milliseconds
+    every = kept | measured
+    names = dict.fromkeys((*(row.name for row in rows if row.name in every), *every))
+    return {"base hash": work.base_hash, "measured by": work.metrics.describe(),
+            "rows": {name: every[name] for name in names}}
 
 
 def kept_rows(work: Cells, rows: list[Row], previous: dict) -> dict:
-    """The rows that --rows leaves out, as the file has them; each says what it was made with.
+    """The file's rows that --rows leaves out; each says what it was made with.
 
-    Raises BadInput where the file lacks one, or has it of another base or guide; and where one to
-    measure would lose a g that the file has.
+    A row whose guide is not at hand is kept too. Raises BadInput where one is of another base or
+    guide than this run's, and where one to measure would lose a g that the file has.
     """
     before, made = previous["bases"].get(work.base.name, {}), previous["protocol"]
-    stored, config, result = before.get("rows", {}), work.config, {}
-    for row in rows:
-        found = stored.get(row.name)
-        if row.name in config.rows:
-            check_kept(f"--rows {row.name}: the file", "g", found["cells"] if found else (),
+    config, here, result = work.config, {row.name: row for row in rows}, {}
+    for name, found in before.get("rows", {}).items():
+        row = here.get(name)
+        if name in config.rows:
+            check_kept(f"--rows {name}: the file", "g", found["cells"],
                        [f"{g:g}" for g in row.g_values(config.g)])
             continue
-        moved_from = row.unusual.get("moved from")
-        require((not found or before["base hash"] != work.base_hash or found["guide"] != row.source
-                 or found.get("moved from") != moved_from,
-                 f"--rows leaves out {row.name}, and the file has no such row of this base and "
-                 "guide: measure all rows, or name it too"))
-        result[row.name] = {"kept from": {
+        same = not row or (found["guide"], found.get("moved from")) == (
+            row.source, row.unusual.get("moved from"))
+        require((not same or before["base hash"] != work.base_hash,
+                 f"--rows leaves out {name}, which the file has of another base or guide: measure "
+                 "all rows, or name it too"))
+        result[name] = {"kept from": {
             "torch": made["versions"]["torch"], "commit": made["commit"],
             "hardware": made["hardware"]}} | found
     return result
@@ -318,7 +317,8 @@ def check_same(file: Path, previous: dict, now: dict, work: Cells, rows: list[Ro
                and not (work.config.rows and k == "g")]     # a row may have fewer
     require((changed, f"{file} holds a result of another setting ({', '.join(changed)}): pass "
                       "--out for a file of its own, or move that one away"))
-    check_kept(file, "rows", before.get("rows", {}), [row.name for row in rows])
+    if not work.config.rows:
+        check_kept(file, "rows", before.get("rows", {}), [row.name for row in rows])
     metrics = work.metrics.settings
     measured = before.get("measured by", metrics)
     changed = [k for k in metrics if measured.get(k) != metrics[k]]

@@ -35,6 +35,17 @@ def test_match(workspace):
     assert "| zero | CFG's own trajectories | 100.0 |" in page
 
 
+def test_rows_are_matched_alone(workspace, capsys):
+    command("match --count 2 --g 8 --rows tiny cfg-plms-2 --quick")
+    result = json.loads(Path("runs/eval/match-quick.json").read_text())
+    assert [*result["guides"]] == ["tiny"]
+    assert [*result["distance"]] == ["cfg-plms-2", "tiny"]
+    for rows, message in ((["cfg-plms-2"], "name a guide of stage one"),
+                          (["other"], "there is no such row"),
+                          (["tiny", "--update-results"], "without --update-results")):
+        assert message in refusal(capsys, "match", "--rows", *rows)
+
+
 def test_match_is_what_training_calls_unexplained(workspace, monkeypatch):
     """For every guide and g, on the states of a plain CFG sampling and on noised images; the base
     runs twice for all of them together."""

@@ -235,8 +235,11 @@ def test_no_run_drops_what_a_result_holds(two_rows, capsys):
 
 
 def test_rows_are_measured_alone_and_the_others_kept(two_rows, capsys, monkeypatch):
-    """The others keep their cells, also at another g, and say what they were made with."""
-    command("table2 --g 2 8", *FEW)
+    """The others stay as the file has them, and say what they were made with.
+
+    So does a row whose guide is not at hand, but not one of another guide of that name.
+    """
+    command("table2 --g 2 8 --guides tiny-16", *FEW)
     file = Path("runs/eval/table2.json")
     before, made = table()["bases"]["mini"]["rows"], json.loads(file.read_text())["protocol"]
     shutil.rmtree("runs/eval/mini")
@@ -244,19 +247,26 @@ def test_rows_are_measured_alone_and_the_others_kept(two_rows, capsys, monkeypat
     assert "--rows tiny: the file holds other g too (2)" in lost
     command("table2 --g 8 --rows none-2", *FEW)
     rows = table()["bases"]["mini"]["rows"]
-    assert rows["none-2"] == before["none-2"]
-    assert rows["tiny"] == before["tiny"] | {"kept from": {
-        "torch": made["versions"]["torch"], "commit": made["commit"],
-        "hardware": made["hardware"]}}
+    assert list(rows) == ["none-2", "tiny", "tiny-16"]
+    assert rows["none-2"]["cells"] == before["none-2"]["cells"]
+    kept_from = {"torch": made["versions"]["torch"], "commit": made["commit"],
+                 "hardware": made["hardware"]}
+    for name in ("tiny", "tiny-16"):
+        assert rows[name] == before[name] | {"kept from": kept_from}
     assert {path.name for path in Path("runs/eval/mini").glob("*/*")} == {
         "none-2-g0-seed0", "none-2-g0-seed1"}
     assert f"scores kept from a run at commit {made['commit']}" in (
         file.with_suffix(".md").read_text())
     assert "--rows cfg-3: there is no such row" in refusal(
         capsys, "table2", "--rows", "cfg-3", *FEW)
+    result = json.loads(file.read_text())
     file.unlink()
+    command("table2 --g 8 --rows none-2", *FEW)
+    assert list(table()["bases"]["mini"]["rows"]) == ["none-2"]
+    result["bases"]["mini"]["rows"]["tiny"]["guide"] = "tiny.safetensors, SHA-256 0"
+    file.write_text(json.dumps(result))
     monkeypatch.setattr(tables.Cells, "run", lambda *_: pytest.fail("sampled before the refusal"))
-    assert "--rows leaves out tiny" in refusal(capsys, "table2", "--rows", "none-2", *FEW)
+    assert "--rows leaves out tiny, which" in refusal(capsys, "table2", "--rows", "none-2", *FEW)
 
 
 def test_a_table_stays_until_a_new_one_is_whole(two_rows, monkeypatch):
