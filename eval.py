@@ -117,7 +117,7 @@ class Config:
     g: tuple[float, ...] = option((), "guidance numbers, 0: no guidance; default: 2 4 6 8, or 8 "
                                       "where there is one", low=-1000, high=1000, type=float)
     rows: tuple[str, ...] = option((), "measure only these rows, by name (cfg-16); a table's file "
-                                       "keeps its others")
+                                       "keeps its others, and all times it has")
     seeds: int = option(0, "seeds, each with --count images; 0: 3", low=0, high=MILLION)
     references: int = option(0, "real postcards to compare with; 0: 2000", low=0, high=MILLION)
     repeats: int = option(0, "rounds of timing; 0: 3", low=0, high=MILLION)

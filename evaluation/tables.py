@@ -248,19 +248,26 @@ def tabulate(config, rows: list[Row], bases: Iterable[Base], names: list[str]) -
             cells = [cell._replace(row=here[cell.row.name]) for cell in cells]
             work.run(cells, bar)
             if rank() == 0:
-                result["bases"][base.name] = finished_base(work, cells, [*here.values()], kept)
+                stored = previous["bases"].get(base.name, {}).get("rows", {})
+                result["bases"][base.name] = finished_base(work, cells, [*here.values()], kept,
+                                                           stored)
             barrier()
     if rank() == 0:
         report.write_result(file, result, table_page(config.command, result))
         print("images in", ", ".join(str(RUNS / name) for name in result["bases"]))
 
 
-def finished_base(work: Cells, cells: list[Cell], rows: list[Row], kept: dict) -> dict:
-    """A base's part of a result, once its cells have their scores."""
+def finished_base(work: Cells, cells: list[Cell], rows: list[Row], kept: dict, stored: dict
+                  ) -> dict:
+    """A base's part of a result, once its cells have their scores.
+
+    With --rows, `stored` rows keep their times: those of another day can't be compared with them.
+    """
     measured = work.fold(cells)
-    for name, milliseconds in work.time_rows([r for r in rows if r.name in measured]).items():
-        measured[name]["milliseconds"] = milliseconds
-    every = kept | measured
+    times = {name: row["milliseconds"] for name, row in stored.items()} if work.config.rows else {}
+    untimed = [row for row in rows if row.name in measured and row.name not in times]
+    times |= work.time_rows(untimed) if untimed else {}
+    every = kept | {name: row | {"milliseconds": times[name]} for name, row in measured.items()}
     names = dict.fromkeys((*(row.name for row in rows if row.name in every), *every))
     return {"base hash": work.base_hash, "measured by": work.metrics.describe(),
             "rows": {name: every[name] for name in names}}

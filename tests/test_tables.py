@@ -241,14 +241,20 @@ def test_rows_are_measured_alone_and_the_others_kept(two_rows, capsys, monkeypat
     """
     command("table2 --g 2 8 --guides tiny-16", *FEW)
     file = Path("runs/eval/table2.json")
+
+    def times() -> dict:
+        rows = json.loads(file.read_text())["bases"]["mini"]["rows"]
+        return {name: row["milliseconds"] for name, row in rows.items()}
+
     before, made = table()["bases"]["mini"]["rows"], json.loads(file.read_text())["protocol"]
+    timed = times()
     shutil.rmtree("runs/eval/mini")
     lost = refusal(capsys, "table2", "--g", "8", "--rows", "tiny", *FEW)
     assert "--rows tiny: the file holds other g too (2)" in lost
     command("table2 --g 8 --rows none-2", *FEW)
     rows = table()["bases"]["mini"]["rows"]
     assert list(rows) == ["none-2", "tiny", "tiny-16"]
-    assert rows["none-2"]["cells"] == before["none-2"]["cells"]
+    assert rows["none-2"] == before["none-2"] and times() == timed
     kept_from = {"torch": made["versions"]["torch"], "commit": made["commit"],
                  "hardware": made["hardware"]}
     for name in ("tiny", "tiny-16"):
@@ -262,7 +268,8 @@ def test_rows_are_measured_alone_and_the_others_kept(two_rows, capsys, monkeypat
     result = json.loads(file.read_text())
     file.unlink()
     command("table2 --g 8 --rows none-2", *FEW)
-    assert list(table()["bases"]["mini"]["rows"]) == ["none-2"]
+    assert table()["bases"]["mini"]["rows"] == {"none-2": before["none-2"]}
+    assert times()["none-2"]["median"] > 0
     result["bases"]["mini"]["rows"]["tiny"]["guide"] = "tiny.safetensors, SHA-256 0"
     file.write_text(json.dumps(result))
     monkeypatch.setattr(tables.Cells, "run", lambda *_: pytest.fail("sampled before the refusal"))
