@@ -175,30 +175,27 @@ class Defaults(NamedTuple):
     images: int = 6000          # of the miniature
 
 
-# The miniature's on a CPU made the bundled tiny guides (RESULTS.md says how they were chosen, and
-# what made the full one). "seeing" is the tiny guide of that form; where it has no line, those of
-# "tiny" suit it. On a GPU an update of 1,024 images takes hardly longer than one of 32. All stages
-# should end in 2 minutes of an H100 for "tiny" and 5 for "full". Only stage one of "full" was
-# tried, for 2,309 and for 5,535 updates. SD 1.5's are starting points that nobody has tried:
-# ControlNet's usual rate for the full guide, ten times that for the tiny one, whose layers are few
-# and start from nothing. Halving changes a guide that is good already, so its rate is a fraction of
-# that. "whole" trains as many updates as the full guide. Of its rates only the miniature's in stage
-# one was tried, for 60 updates on a CPU: AdamW at 5e-4 and 2e-3 did better than Muon at 2e-3 and
-# 6e-3. SD 1.5's are a usual rate of fine-tuning. Meng et al. train 3,000 updates of batch 512, then
-# 2,000 a halving, and 20,000 each at 4, 2 and 1 steps.
+# A halving changes a guide that is good already, so its rate is a fraction of stage one's.
 DEFAULTS = {
-    ("mini", "tiny", "cpu"): Defaults("adamw", 5e-3, 6000, 1e-3, 500),
-    ("mini", "seeing", "cpu"): Defaults("muon", 3e-2, 1000, 5e-3, 120, 128, 12_000),
+    # For every form of tiny guide, the batch and rate that did best of those tried. The bundled
+    # guides were made with other settings (RESULTS.md, "How the guides were trained").
+    ("mini", "tiny", "cpu"): Defaults("muon", 1e-2, 3000, 2e-3, 240, 32, 12_000),
     ("mini", "full", "cpu"): Defaults("muon", 6e-3, 9000, 1.5e-3, 500),
-    ("mini", "tiny", "cuda"): Defaults("adamw", 5e-3, 1500, 1e-3, 150, 1024, 40_000),
-    ("mini", "seeing", "cuda"): Defaults("muon", 3e-2, 1500, 5e-3, 150, 1024, 40_000),
+    # On a GPU an update of 1,024 images takes hardly longer than one of 32. All stages should end
+    # in 2 minutes of an H100 for "tiny" and 5 for "full". Only stage one of "full" was tried there.
+    ("mini", "tiny", "cuda"): Defaults("muon", 3e-2, 1500, 5e-3, 150, 1024, 40_000),
     ("mini", "full", "cuda"): Defaults("muon", 6e-3, 4000, 1.5e-3, 300, 1024, 40_000),
+    # As many updates as the full guide. Only the miniature's rate in stage one was tried, on a CPU.
     ("mini", "whole", "cpu"): Defaults("adamw", 1e-3, 9000, 3e-4, 500),
     ("mini", "whole", "cuda"): Defaults("adamw", 1e-3, 4000, 3e-4, 300, 1024, 40_000),
+    # Starting points that nobody has tried: ControlNet's usual rate for the full guide, and ten
+    # times that for the tiny one, whose layers are few and start from nothing.
     ("sd", "tiny", "cpu"): Defaults("adamw", 1e-3, 20_000, 3e-4, 5_000),
     ("sd", "full", "cpu"): Defaults("adamw", 1e-4, 20_000, 3e-5, 5_000),
     ("sd", "tiny", "cuda"): Defaults("adamw", 1e-3, 20_000, 3e-4, 5_000),
     ("sd", "full", "cuda"): Defaults("adamw", 1e-4, 20_000, 3e-5, 5_000),
+    # A usual rate of fine-tuning. Meng et al. train 3,000 updates of batch 512, then 2,000 a
+    # halving, and 20,000 each at 4, 2 and 1 steps.
     ("sd", "whole", "cpu"): Defaults("adamw", 1e-5, 20_000, 1e-5, 5_000),
     ("sd", "whole", "cuda"): Defaults("adamw", 1e-5, 20_000, 1e-5, 5_000),
 }
@@ -244,7 +241,7 @@ def resolve_defaults(config: Config, base: Base) -> Config:
     """The configuration with every 0, "", -1 and ~ replaced by what it stands for."""
     device = "cuda" if base.device.type == "cuda" else "cpu"
     size = "mini" if base.is_miniature else "sd"
-    suits = DEFAULTS.get((size, config.form, device)) or DEFAULTS[size, config.guide, device]
+    suits = DEFAULTS[size, config.guide, device]
     limit = config.max_updates or math.inf
     batch = config.batch or suits.batch
     low, high = config.g_range

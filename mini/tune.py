@@ -44,6 +44,8 @@ REMEDIES = [
     TINY | {"trajectories": "0.5"}, TINY | {"trajectories": "1"},
     TINY | {"trajectories": "0.5", "loss": "root-snr"},
 ]
+# What halved the bundled tiny guides, and their rows.
+HALVING = {"tiny": {"optimizer": "adamw", "halving-lr": "1e-3"}, "full": {}}
 # Options that older rows name and train.py no longer has, at the value that is now the only one.
 REMOVED = {"pool": "attention"}
 
@@ -99,7 +101,7 @@ def compare_few_steps(out: Path, updates: int, more: list[str]) -> None:
         wanted = [settings for settings in wanted if is_missing(out, settings, True, more)]
         with tempfile.TemporaryDirectory() as folder:
             if any(settings["sampled"] == "made" for settings in wanted):
-                train(row, updates, more, folder)
+                train(row | HALVING[kind], updates, more, folder)
             for settings in wanted:
                 made = Path(folder) / "mini" / f"{kind}-{settings['steps']}.safetensors"
                 guide = made if settings["sampled"] == "made" else ROOT / init

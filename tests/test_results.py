@@ -5,7 +5,7 @@ import re
 from collections.abc import Callable, Iterator
 from itertools import chain
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean, median, stdev
 
 import pytest
 
@@ -189,6 +189,22 @@ def seeing() -> Iterator[str]:
         yield f"| {name} | {' | '.join(cells)} |"
 
 
+def other_trainings() -> Iterator[str]:
+    """Bundled guides of stage one, and others of results/table2-trials.json, in 50 steps."""
+    trained = results("table2-trials")["bases"]["mini"]["rows"]
+    rows, bundled, others = table2_rows() | trained, results("match"), results("match-trials")
+    for kind in ("tiny", "tiny-gated", "tiny-seeing"):
+        for name in (kind, f"{kind}-muon", f"{kind}-further", f"{kind}-all"):
+            if name in rows:
+                match = bundled if name == kind else others
+                shares = match["guides"][name]
+                yield (f"| {name} | {shares[NOISED]['all']:.1f} "
+                       f"| {shares[TRAJECTORIES]['all']:.1f} "
+                       f"| {match['distance'][name]['by g']['8']:.1f} "
+                       f"| {score(rows[name], g='2')} | {score(rows[name])} "
+                       f"| {score(rows[name], 'CLIP-FID')} |")
+
+
 def features() -> Iterator[str]:
     guides = results("features")["guides"]
     for name, guide in guides.items():
@@ -308,6 +324,7 @@ def beside_the_paper() -> Iterator[str]:
 @pytest.mark.parametrize("page, lines", [
     *((RESULTS, lines) for lines in (table1, table2, table3, match, distances, seeing,
                                      looking, features, inversion, trials, batch_sizes, longer,
+                                     other_trainings,
                                      few_steps, students, over_trainings, speed, speed_on_a_gpu,
                                      eager_on_a_gpu, growth_on_a_gpu,
                                      training_on_a_gpu, miniature)),
@@ -401,6 +418,11 @@ def table2_claims() -> Iterator[str]:
     fids = (score(rows[name], "CLIP-FID") for name in ("cfg-interval-16", "tiny-16", "cfg-half-16"))
     yield "the interval is better: {} at 16 passes, where the tiny guide has {} and the first " \
           "half {}.".format(*fids)
+    for steps in (16, 8):
+        for g in "2468":
+            half, interval, tiny = (cell_of(rows[f"{name}-{steps}"], g)["mean"][ACCURACY]
+                                    for name in ("cfg-half", "cfg-interval", "tiny"))
+            assert tiny > max(half, interval)
     yield f"is correct on {results('table2')['bases']['mini']['measured by'][JUDGED]:.1f} % of"
 
 
@@ -639,6 +661,31 @@ def inversion_claims() -> Iterator[str]:
     assert worse == [("tiny-seeing", "4")]
 
 
+def other_training_claims() -> Iterator[str]:
+    """What "Other trainings of the tiny guides" says of its table, and of 8 steps."""
+    lines = {name.strip(): [cell.strip() for cell in cells] for name, *cells in (
+        line[1:-1].split("|") for line in other_trainings())}
+    eight = [score((table2_rows() | results("table2-trials")["bases"]["mini"]["rows"])[name])
+             for name in ("tiny-muon-8", "tiny-gated-muon-8", "tiny-8", "tiny-gated-8")]
+    noised, traced, apart, low, high, fid = zip(*(lines[name] for name in (
+        "tiny", "tiny-muon", "tiny-further", "tiny-gated", "tiny-gated-muon", "tiny-gated-further",
+        "tiny-seeing", "tiny-seeing-further", "tiny-seeing-all")))
+    yield f"leave {noised[1]} and {noised[4]} % on noised images, where the bundled guides leave " \
+          f"{noised[0]} and {noised[3]} %."
+    yield f"At g = 8 they follow {high[1]} and {high[4]} % of the captions in 50 steps, and " \
+          f"{eight[0]} and {eight[1]} % in 8; the bundled ones {high[0]} and {high[3]} %, and " \
+          f"{eight[2]} and {eight[3]} %."
+    yield f"falls from {traced[1]} to {traced[2]} % for Eq. 5's guide, from {traced[4]} to " \
+          f"{traced[5]} % for the gated one and from {traced[6]} to {traced[7]} % for the seeing " \
+          "one."
+    yield f"caption accuracy at g = 8 falls from {high[1]} to {high[2]} %, from {high[4]} to " \
+          f"{high[5]} % and from {high[6]} to {high[7]} %."
+    yield f"it leaves {traced[8]} % there but {noised[8]} % on noised images, and follows " \
+          f"{high[8]} % of the captions."
+    for before, after in ((1, 2), (4, 5), (6, 7)):
+        assert float(apart[after]) < float(apart[before])
+
+
 def feature_claims() -> Iterator[str]:
     """What the text says of results/features.json: at g = 8, and in the first steps."""
     guides = results("features")["guides"]
@@ -668,6 +715,11 @@ def speed_claims() -> Iterator[str]:
     yield f"{ratio[step, 32]} of it at 32 × 32, and {ratio[step, 64]} at 64 × 64."
     yield f"still takes {ratio[image, 32]} of the time of diffusers' CFG."
     yield f"takes {ratio[unet, 32]} and {ratio[unet, 64]} of diffusers' time"
+    rows = {row["what"]: row["rounds"] for row in results("speed-seeing")["rows"]}
+    apart = [seeing / tiny for seeing, tiny in zip(rows["seeing step"], rows["tiny step"])]
+    assert len(apart) == 5
+    yield f"measured {median(apart):.2f} times a tiny step, the median of five rounds from " \
+          f"{min(apart):.2f} to {max(apart):.2f}"
     yield f"{tiny} of the naive time for the tiny guide and {full} for the full guide."
 
 
@@ -732,13 +784,16 @@ def training_claims() -> Iterator[str]:
      lambda: chain(claims(), plugged_in_claims()), ["81.0 %", "87.2 %"]),
     ("## What was tried", "## Batch size", trial_claims,
      ["114.5 %", "43.2 %", "82.8 %", "43.6 %"]),
-    ("## Spread over trainings", "## Figures", training_spread_claims, []),
+    ("## Spread over trainings", "## Other trainings", training_spread_claims, []),
+    ("## Other trainings", "## Figures", other_training_claims,
+     ["rate of 0.01", "--trajectories 0.5"]),
     ("## Batch size", "## Spread over trainings", lambda: chain(batch_claims(), longer_claims()),
      ["43.6 %", "25.7 %", "2.4 million", "5.7 million", "24.6 %", "35.2 %", "82.8 %",
       "23.8 % and 39.8 %"]),
     ("### What the guides add", "## Editing images", feature_claims, ["Section 5.4"]),
     ("## Editing images", "## Speed", inversion_claims, ["0.4 and 0.6"]),
-    ("### On two CPU threads", "### On an H100", speed_claims, ["0.51 and 0.49", "0.99 and 1.06"]),
+    ("### On two CPU threads", "### On an H100", speed_claims,
+     ["0.51 and 0.49", "0.99 and 1.06", "1.3 % by its arithmetic"]),
     ("### On an H100", "## Reliability", gpu_claims, ["torch 2.11"]),
     ("## Reliability", "## The miniature", reliability_claims, []),
     ("## The miniature", "## How to remake", training_claims, ["9.0 million", "Diffusion 1.5"])])

@@ -309,20 +309,17 @@ def base_like(size: str, device: str) -> SimpleNamespace:
     return SimpleNamespace(name="base", is_miniature=size == "mini", device=torch.device(device))
 
 
-@pytest.mark.parametrize("size, device, batch, images, grids", [
-    ("mini", "cpu", 32, 6000, 1000), ("mini", "cuda", 1024, 40_000, 1000),
-    ("sd", "cpu", 32, 6000, 0), ("sd", "cuda", 32, 6000, 1000)])
-def test_defaults_suit_the_device(size, device, batch, images, grids):
+@pytest.mark.parametrize("size, device, batch, tiny_images, full_images, grids", [
+    ("mini", "cpu", 32, 12_000, 6000, 1000), ("mini", "cuda", 1024, 40_000, 40_000, 1000),
+    ("sd", "cpu", 32, 6000, 6000, 0), ("sd", "cuda", 32, 6000, 6000, 1000)])
+def test_defaults_suit_the_device(size, device, batch, tiny_images, full_images, grids):
     base = base_like(size, device)
-    for guide in ("tiny", "full"):
+    for guide, images in (("tiny", tiny_images), ("full", full_images)):
         settings = train.resolve_defaults(train.Config(guide=guide), base)
         assert (settings.batch, settings.images, settings.grid_every) == (batch, images, grids)
-        assert settings.updates == train.DEFAULTS[size, guide, device].updates
-    seeing = train.resolve_defaults(train.Config(form="seeing"), base)
-    tiny = train.DEFAULTS[size, "tiny", device]
-    suits = train.DEFAULTS.get((size, "seeing", device), tiny)
-    assert (seeing.optimizer, seeing.lr, seeing.batch) == (suits.optimizer, suits.lr, suits.batch)
-    assert (suits == tiny) == (size == "sd")
+        suits = train.DEFAULTS[size, guide, device]
+        assert (settings.updates, settings.lr, settings.optimizer) == (
+            suits.updates, suits.lr, suits.optimizer)
     trial = train.resolve_defaults(train.Config(max_updates=9, batch=2, grid_every=7), base)
     assert (trial.batch, trial.images, trial.grid_every, trial.updates) == (2, 80, 7, 9)
     with pytest.raises(BadInput, match=f"at most --batch {batch}"):
@@ -331,7 +328,7 @@ def test_defaults_suit_the_device(size, device, batch, images, grids):
 
 def test_a_trial_draws_fewer_images_unless_it_says_how_many(toy_base, here):
     base = load_base(toy_base)
-    for more, count in (((), 6000), (("--max-updates", 3), 160), (("--max-updates", 3000), 160),
+    for more, count in (((), 12_000), (("--max-updates", 3), 160), (("--max-updates", 3000), 160),
                         (("--max-updates", 3, "--images", 200), 200), (("--images", 9000), 9000)):
         settings = config(toy_base, "--images", 0, *more)
         assert train.resolve_defaults(settings, base).images == count
