@@ -143,8 +143,8 @@ def configure(argv: list[str]) -> Config | SpeedConfig:
                                         "--help` lists its flags") for field in unused))
     config = parse(kind, f"eval.py {name}", command.about, argv[1:], ("paths",), unused)
     require((config.quick and config.update_results, "--update-results: not with --quick"),
-            (name == "match" and config.rows and config.update_results,
-             "--rows leaves rows out: without --update-results, give --out"),
+            (name == "match" and config.rows and not (config.out or config.quick),
+             "--rows: match writes these rows only, so give their file with --out"),
             (world_size() > 1 and name not in ("table2", "table3"),
              f"{name} runs in one process: leave out torchrun"))
     return replace(config, command=name)

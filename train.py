@@ -177,8 +177,8 @@ class Defaults(NamedTuple):
 
 # A halving changes a guide that is good already, so its rate is a fraction of stage one's.
 DEFAULTS = {
-    # For every form of tiny guide, the batch and rate that did best of those tried. The bundled
-    # guides were made with other settings (RESULTS.md, "How the guides were trained").
+    # For every form of tiny guide: batch and rate did best of those tried for the gated and the
+    # seeing form. The bundled ones had other settings (RESULTS.md, "How the guides were trained").
     ("mini", "tiny", "cpu"): Defaults("muon", 1e-2, 3000, 2e-3, 240, 32, 12_000),
     ("mini", "full", "cpu"): Defaults("muon", 6e-3, 9000, 1.5e-3, 500),
     # On a GPU an update of 1,024 images takes hardly longer than one of 32. All stages should end

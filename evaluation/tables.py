@@ -225,7 +225,7 @@ def tabulate(config, rows: list[Row], bases: Iterable[Base], names: list[str]) -
     require((len(config.real) not in (0, 1, len(names)),
              f"--real: one set of images for all bases, or {len(names)}, one each"))
     check_kept(file, "bases", previous["bases"], names)
-    rows = [row for row in rows if row.g_values(config.g)]
+    every, rows = rows, [row for row in rows if row.g_values(config.g)]
     measured = sampling.named_rows(config, rows)
     cells = [Cell(row, g, seed) for row in measured for g in row.g_values(config.g)
              for seed in range(config.seed, config.seed + config.seeds)]
@@ -241,36 +241,59 @@ def tabulate(config, rows: list[Row], bases: Iterable[Base], names: list[str]) -
             if rank() == 0:
                 result["protocol"] = protocol(work)
                 check_same(file, previous, result["protocol"], work, rows)
-                kept = kept_rows(work, rows, previous) if config.rows else {}
+                kept, times = {}, {}
+                if config.rows:
+                    kept = kept_rows(work, every, previous)
+                    times = kept_times(work, measured, previous, result["protocol"])
                 if kept:                # which may have been measured at more g
                     result["protocol"]["g"] = sorted({*config.g, *previous["protocol"]["g"]})
             here = {row.name: row.on(base) for row in rows}
             cells = [cell._replace(row=here[cell.row.name]) for cell in cells]
             work.run(cells, bar)
             if rank() == 0:
-                stored = previous["bases"].get(base.name, {}).get("rows", {})
-                result["bases"][base.name] = finished_base(work, cells, [*here.values()], kept,
-                                                           stored)
+                order = [row.name for row in every]
+                result["bases"][base.name] = finished_base(
+                    work, cells, [here[row.name] for row in measured], kept, times, order)
             barrier()
     if rank() == 0:
         report.write_result(file, result, table_page(config.command, result))
         print("images in", ", ".join(str(RUNS / name) for name in result["bases"]))
 
 
-def finished_base(work: Cells, cells: list[Cell], rows: list[Row], kept: dict, stored: dict
-                  ) -> dict:
-    """A base's part of a result, once its cells have their scores.
+def finished_base(work: Cells, cells: list[Cell], rows: list[Row], kept: dict, times: dict,
+                  order: list[str]) -> dict:
+    """A base's part of a result, once the cells of these rows have their scores.
 
-    With --rows, `stored` rows keep their times: those of another day can't be compared with them.
+    Kept rows come with it, in the order given; rows whose times are kept are not timed again.
     """
-    measured = work.fold(cells)
-    times = {name: row["milliseconds"] for name, row in stored.items()} if work.config.rows else {}
-    untimed = [row for row in rows if row.name in measured and row.name not in times]
+    untimed = [row for row in rows if row.name not in times]
     times |= work.time_rows(untimed) if untimed else {}
-    every = kept | {name: row | {"milliseconds": times[name]} for name, row in measured.items()}
-    names = dict.fromkeys((*(row.name for row in rows if row.name in every), *every))
+    folded = kept | {name: row | {"milliseconds": times[name]}
+                     for name, row in work.fold(cells).items()}
+    names = dict.fromkeys((*(name for name in order if name in folded), *folded))
     return {"base hash": work.base_hash, "measured by": work.metrics.describe(),
-            "rows": {name: every[name] for name in names}}
+            "rows": {name: folded[name] for name in names}}
+
+
+def origin(protocol: dict) -> dict:
+    """What a row that is kept says of the run that measured it."""
+    return {"torch": protocol["versions"]["torch"], "commit": protocol["commit"],
+            "hardware": protocol["hardware"]}
+
+
+def kept_times(work: Cells, rows: list[Row], previous: dict, now: dict) -> dict:
+    """The times that the file has of these rows, by name.
+
+    All rows of a table should be timed in turn: times of another day can't be compared with them.
+    A time is not kept where the guide, the base, the dtype or the hardware has changed.
+    """
+    before, made = previous["bases"].get(work.base.name, {}), previous["protocol"]
+    if before.get("base hash") != work.base_hash or made["dtype"] != now["dtype"]:
+        return {}
+    times = {row.name: {"kept from": origin(made)} | before["rows"][row.name]["milliseconds"]
+             for row in rows if before["rows"].get(row.name, {}).get("guide", "") == row.source}
+    return {name: time for name, time in times.items()
+            if time["kept from"]["hardware"] == now["hardware"]}
 
 
 def kept_rows(work: Cells, rows: list[Row], previous: dict) -> dict:
@@ -281,6 +304,7 @@ def kept_rows(work: Cells, rows: list[Row], previous: dict) -> dict:
     """
     before, made = previous["bases"].get(work.base.name, {}), previous["protocol"]
     config, here, result = work.config, {row.name: row for row in rows}, {}
+    from_before = {"kept from": origin(made)} if made else {}
     for name, found in before.get("rows", {}).items():
         row = here.get(name)
         if name in config.rows:
@@ -290,11 +314,9 @@ def kept_rows(work: Cells, rows: list[Row], previous: dict) -> dict:
         same = not row or (found["guide"], found.get("moved from")) == (
             row.source, row.unusual.get("moved from"))
         require((not same or before["base hash"] != work.base_hash,
-                 f"--rows leaves out {name}, which the file has of another base or guide: measure "
-                 "all rows, or name it too"))
-        result[name] = {"kept from": {
-            "torch": made["versions"]["torch"], "commit": made["commit"],
-            "hardware": made["hardware"]}} | found
+                 f"--rows leaves out {name}, which the file has of another base or guide: name it "
+                 "too, or pass --out for a file of its own"))
+        result[name] = from_before | found | {"milliseconds": from_before | found["milliseconds"]}
     return result
 
 
@@ -384,9 +406,10 @@ def _base_lines(name: str, base: dict) -> list[str]:
     networks = {key: ", ".join(f"{k} {v}" for k, v in measured[key].items())
                 for key in ("features", "CLIP")}
     guides = {name: row["guide"] for name, row in base["rows"].items() if row["guide"]}
-    kept = {name: row["kept from"] for name, row in base["rows"].items() if "kept from" in row}
-    if kept:                            # all from one earlier run, or from the runs before it
-        measured = measured | {f"scores kept from a run at commit {made['commit']}, torch "
+    for what, rows in (("scores", base["rows"]), ("times", {
+            name: row["milliseconds"] for name, row in base["rows"].items()})):
+        kept = {name: row["kept from"] for name, row in rows.items() if "kept from" in row}
+        measured = measured | {f"{what} kept from a run at commit {made['commit']}, torch "
                                f"{made['torch']}, {made['hardware']}": ", ".join(
                                    name for name, other in kept.items() if other == made)
                                for made in kept.values()}

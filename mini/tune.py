@@ -44,7 +44,7 @@ REMEDIES = [
     TINY | {"trajectories": "0.5"}, TINY | {"trajectories": "1"},
     TINY | {"trajectories": "0.5", "loss": "root-snr"},
 ]
-# What halved the bundled tiny guides, and their rows.
+# How the bundled tiny guides were halved, and the rows of --few.
 HALVING = {"tiny": {"optimizer": "adamw", "halving-lr": "1e-3"}, "full": {}}
 # Options that older rows name and train.py no longer has, at the value that is now the only one.
 REMOVED = {"pool": "attention"}

@@ -255,7 +255,8 @@ def weights_after(run, updates):
 @pytest.mark.parametrize("more", [
     (), ("--guide", "full"), ("--optimizer", "muon", "--trajectories", "0.5"),
     ("--guide", "whole", "--checkpointing", "--trajectories", "0.5"),
-    ("--accumulate", "2"), ("--form", "gated", "--loss", "root-snr", "--dtype", "bf16")])
+    ("--accumulate", "2"), ("--form", "gated", "--loss", "root-snr", "--dtype", "bf16",
+                            "--optimizer", "adamw", "--lr", "5e-3")])
 def test_a_recorded_update_equals_one_that_is_not(toy_base, here, monkeypatch, recordings, more):
     eager = weights_after(trainer(toy_base, "--run", "a", *more), 6)
     monkeypatch.setattr(capture, "record_graph", fake_update)

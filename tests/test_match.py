@@ -42,8 +42,9 @@ def test_rows_are_matched_alone(workspace, capsys):
     assert [*result["distance"]] == ["cfg-plms-2", "tiny"]
     for rows, message in ((["cfg-plms-2"], "name a guide of stage one"),
                           (["other"], "there is no such row"),
-                          (["tiny", "--update-results"], "without --update-results")):
-        assert message in refusal(capsys, "match", "--rows", *rows)
+                          (["tiny"], "give their file with --out")):
+        more = ["--out", "rows.json"] if rows != ["tiny"] else []
+        assert message in refusal(capsys, "match", "--rows", *rows, *more)
 
 
 def test_match_is_what_training_calls_unexplained(workspace, monkeypatch):

@@ -118,7 +118,14 @@ def test_the_miniature_is_small_and_carries_its_configuration():
 def test_rows_are_made_once_and_again_where_what_they_rest_on_has_changed(tmp_path, monkeypatch):
     """Also where the rows before one were kept and the run then ended."""
     trained, out, judge = [], tmp_path / "tuning.json", ["one judge"]
-    monkeypatch.setattr(tune, "train", lambda row, *rest: trained.append(row["guide"]) or 0.5)
+
+    def train(row, *rest):
+        trained.append(row["guide"])
+        if row["guide"] == "tiny":      # as the rows that are published, whatever the defaults
+            assert row["optimizer"] == "adamw" and {"lr", "halving-lr"} & {*row}
+        return 0.5
+
+    monkeypatch.setattr(tune, "train", train)
     monkeypatch.setattr(tune, "judge_hash", lambda: judge[0])
     monkeypatch.setattr(tune, "measure", lambda *_: {"images": 1, "judge": judge[0]})
     plain = len(tune.ROWS)

@@ -254,15 +254,17 @@ def test_rows_are_measured_alone_and_the_others_kept(two_rows, capsys, monkeypat
     command("table2 --g 8 --rows none-2", *FEW)
     rows = table()["bases"]["mini"]["rows"]
     assert list(rows) == ["none-2", "tiny", "tiny-16"]
-    assert rows["none-2"] == before["none-2"] and times() == timed
+    assert rows["none-2"] == before["none-2"]
     kept_from = {"torch": made["versions"]["torch"], "commit": made["commit"],
                  "hardware": made["hardware"]}
     for name in ("tiny", "tiny-16"):
         assert rows[name] == before[name] | {"kept from": kept_from}
+    assert times() == {name: time | {"kept from": kept_from} for name, time in timed.items()}
     assert {path.name for path in Path("runs/eval/mini").glob("*/*")} == {
         "none-2-g0-seed0", "none-2-g0-seed1"}
-    assert f"scores kept from a run at commit {made['commit']}" in (
-        file.with_suffix(".md").read_text())
+    for what in ("scores", "times"):
+        assert f"{what} kept from a run at commit {made['commit']}" in (
+            file.with_suffix(".md").read_text())
     assert "--rows cfg-3: there is no such row" in refusal(
         capsys, "table2", "--rows", "cfg-3", *FEW)
     result = json.loads(file.read_text())
@@ -270,6 +272,19 @@ def test_rows_are_measured_alone_and_the_others_kept(two_rows, capsys, monkeypat
     command("table2 --g 8 --rows none-2", *FEW)
     assert table()["bases"]["mini"]["rows"] == {"none-2": before["none-2"]}
     assert times()["none-2"]["median"] > 0
+    command("table2 --g 8 --rows tiny", *FEW)                       # one more, timed now
+    assert list(times()) == ["none-2", "tiny"] and "kept from" not in times()["tiny"]
+    for key in ("dtype", "hardware"):
+        changed = json.loads(file.read_text())
+        changed["protocol"][key] = "another"
+        changed["bases"]["mini"]["rows"]["none-2"]["milliseconds"] = {"median": 0.0, "spread": 0.0}
+        file.write_text(json.dumps(changed))
+        command("table2 --g 8 --rows none-2", *FEW)
+        assert times()["none-2"]["median"] > 0 and "kept from" not in times()["none-2"]
+    changed = json.loads(file.read_text())
+    changed["bases"]["mini"]["base hash"] = "another"
+    file.write_text(json.dumps(changed))
+    assert "--rows leaves out tiny, which" in refusal(capsys, "table2", "--rows", "none-2", *FEW)
     result["bases"]["mini"]["rows"]["tiny"]["guide"] = "tiny.safetensors, SHA-256 0"
     file.write_text(json.dumps(result))
     monkeypatch.setattr(tables.Cells, "run", lambda *_: pytest.fail("sampled before the refusal"))

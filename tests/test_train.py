@@ -723,7 +723,8 @@ def write_out(toy_base, updates: int) -> torch.nn.Module:
 
 def test_a_run_killed_within_a_halving_makes_the_guide_of_the_loop_written_out(toy_base, here):
     """Rows, noises, t, g, rates, Adam's moments and the teacher: all go on where they were."""
-    steps = ("--start-steps", 4, "--end-steps", 2, "--max-updates", 2)
+    steps = ("--start-steps", 4, "--end-steps", 2, "--max-updates", 2, "--optimizer", "adamw",
+             "--lr", 5e-3, "--halving-lr", 1e-3)
     trainer = begin(toy_base, *steps)
     trainer.train_step()
     trainer.train_step()
@@ -758,7 +759,8 @@ def test_each_stage_is_taught_by_the_guide_of_the_stage_before_with_a_new_optimi
 
 def test_each_stage_has_its_own_updates_and_rate_warms_up_and_falls_as_a_cosine(toy_base, here):
     trainer = begin(toy_base, "--updates", 400, "--halving-updates", 200, "--lr", 0.01,
-                    "--halving-lr", 0.002, "--start-steps", 8, "--end-steps", 4)
+                    "--halving-lr", 0.002, "--start-steps", 8, "--end-steps", 4,
+                    "--optimizer", "adamw")
     assert trainer.stages == [train.Stage(0, 400, 0.01), train.Stage(4, 200, 0.002)]
     group, = trainer.optimizer.param_groups
     assert type(trainer.optimizer) is torch.optim.AdamW and group["weight_decay"] == 0
